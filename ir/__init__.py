@@ -1,0 +1,1 @@
+"""What a program is: graph, weights, operations, formats, rewriting and its checks."""

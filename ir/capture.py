@@ -1,0 +1,325 @@
+"""Capture: a model becomes a Program.
+
+`torch.export` without decompositions, then functionalized by an empty decomposition table: the
+form in which `linear`, `layer_norm` and `scaled_dot_product_attention` are still whole and no
+operation writes to memory.
+"""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import (
+    ConstantArgument,
+    InputKind,
+    OutputKind,
+)
+from torch.utils import _pytree as pytree
+
+from .errors import CaptureFailed, StatefulModel, WrongInput
+from .program import Program
+from .weights import Entry, Weights, find_ties
+
+_WEIGHT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+_RESULT_KINDS = (OutputKind.USER_OUTPUT,)
+
+
+def capture_module(
+    model: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+) -> Program:
+    """Export a module in inference form and make it a Program.
+
+    args, kwargs: example inputs. dynamic_shapes: as for `torch.export.export`; by default the
+    first two axes of every integer or boolean input and the first axis of every other tensor
+    are free. Raises CaptureFailed (naming the source line) and StatefulModel.
+    """
+    kwargs = dict(kwargs or {})
+    _check_examples(args, kwargs)
+    was_training = model.training
+    model.eval()
+    try:
+        exported, notes = _export(model, args, kwargs, dynamic_shapes)
+    finally:
+        model.train(was_training)
+    program = capture_exported(exported)
+    program.examples = tuple(pytree.tree_leaves((args, kwargs)))
+    program.metadata["source"] = type(model).__qualname__
+    program.metadata["notes"] = notes
+    return program
+
+
+def capture_exported(exported: ExportedProgram) -> Program:
+    """Make a Program of an ExportedProgram; raises StatefulModel if it writes to buffers."""
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exported = exported.run_decompositions({})
+    _refuse_state(exported)
+    entries = _weight_entries(exported)
+    graph = _lift_weights(exported, entries.aliases)
+    call = exported.call_spec
+    assert call.in_spec is not None and call.out_spec is not None
+    program = Program(graph, entries, call.in_spec, call.out_spec)
+    if exported.example_inputs is not None:
+        program.examples = tuple(pytree.tree_leaves(exported.example_inputs))
+    program.facts = frozenset({"functional", "dense_weights"})
+    return program
+
+
+def default_dynamic_shapes(args: tuple[Any, ...], kwargs: Mapping[str, Any], dim: Any) -> Any:
+    """Free axes: batch and length of token-like inputs, batch of all others."""
+
+    def free(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            return None
+        axes = 1 if value.is_floating_point() or value.dim() == 1 else 2
+        return dict.fromkeys(range(axes), dim)
+
+    shapes = pytree.tree_map(free, (args, dict(kwargs)))
+    return {"args": shapes[0], "kwargs": shapes[1]}
+
+
+def _check_examples(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    if not tensors:
+        raise WrongInput(
+            "no example input is a tensor",
+            expected="a tuple of positional and a dict of keyword inputs with at least one tensor",
+            found=f"{len(args)} positional, {len(kwargs)} keyword values",
+            fix="pass example inputs, for instance planish.trace(model, (ids,))",
+        )
+    for tensor in tensors:
+        if 0 in tensor.shape:
+            raise WrongInput(
+                "an example input is empty",
+                expected="at least one element on every axis (two or more on free axes)",
+                found=f"shape {list(tensor.shape)}",
+                fix="pass an example with batch and length of at least 2",
+            )
+
+
+def _export(
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+) -> tuple[ExportedProgram, list[str]]:
+    """Non-strict first; strict, then fixed shapes, as fallbacks, each told in the notes."""
+    attempts = _attempts(args, kwargs, dynamic_shapes)
+    first: BaseException | None = None
+    notes: list[str] = []
+    for note, strict, shapes, example in attempts:
+        try:
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                exported = torch.export.export(
+                    model,
+                    example[0],
+                    example[1],
+                    dynamic_shapes=_per_argument(model, example, shapes),
+                    strict=strict,
+                )
+        except Exception as error:  # any of torch.export's many failures leads to the next form
+            first = first or error
+            notes.append(f"{note}: {str(error).strip().splitlines()[0] if str(error) else error!r}")
+        else:
+            return exported, [*notes, f"captured {note}"]
+    assert first is not None
+    raise _capture_failed(model, first) from first
+
+
+def _attempts(
+    args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+) -> list[tuple[str, bool, Any, tuple[tuple[Any, ...], dict[str, Any]]]]:
+    example = (args, kwargs)
+    if dynamic_shapes is not None:
+        return [
+            ("with the given free axes", False, dynamic_shapes, example),
+            ("with the given free axes, strict", True, dynamic_shapes, example),
+        ]
+    roomy = _widened(args, kwargs)
+    free = default_dynamic_shapes(*roomy, Dim.DYNAMIC)
+    batch = default_dynamic_shapes(*roomy, Dim.AUTO)
+    return [
+        ("with free batch and length", False, free, roomy),
+        ("with free batch and length, strict", True, free, roomy),
+        ("with the axes that could be kept free", False, batch, roomy),
+    ]
+
+
+def _widened(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Repeat axes of size one: export takes size one for a constant.
+
+    Axes are widened together in all inputs, so that batches and lengths still agree.
+    """
+
+    def widen(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            return value
+        axes = 1 if value.is_floating_point() or value.dim() == 1 else 2
+        for axis in range(axes):
+            if value.shape[axis] == 1:
+                value = value.repeat_interleave(2, axis)
+        return value
+
+    return pytree.tree_map(widen, (args, kwargs))
+
+
+def _per_argument(
+    model: torch.nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]], shapes: Any
+) -> Any:
+    """torch.export wants one mapping, by parameter name; ours is split into args and kwargs."""
+    if not (isinstance(shapes, dict) and set(shapes) == {"args", "kwargs"}):  # type: ignore[arg-type]
+        return shapes
+    names = list(inspect.signature(model.forward).parameters)
+    positional = dict(zip(names, shapes["args"], strict=False))
+    if len(positional) < len(example[0]):  # *args
+        return tuple(shapes["args"])
+    return {**positional, **shapes["kwargs"]}
+
+
+def _capture_failed(model: torch.nn.Module, error: BaseException) -> CaptureFailed:
+    frame = _user_frame(error)
+    text = str(error).strip()
+    first = text.splitlines()[0] if text else repr(error)
+    dependent = "data-dependent" in text or "Eq(u" in text or "GuardOnDataDependent" in repr(error)
+    return CaptureFailed(
+        f"{type(model).__qualname__} could not be exported to a graph",
+        where=frame,
+        expected="control flow that does not depend on the values of tensors"
+        if dependent
+        else "a model that torch.export accepts",
+        found=first,
+        fix="replace the branch on tensor values by torch.where or torch.cond, or capture the part "
+        "of the model around it"
+        if dependent
+        else "see the chained torch.export error; pass dynamic_shapes if an axis must be fixed",
+    )
+
+
+def _user_frame(error: BaseException) -> str:
+    """The innermost source line outside of torch, in the chain of causes."""
+    lines: list[str] = []
+    seen: BaseException | None = error
+    while seen is not None:
+        for frame in traceback.extract_tb(seen.__traceback__):
+            if "/torch/" not in frame.filename and "planish" not in frame.filename:
+                own = __file__.rsplit("/", 1)[0]
+                if not frame.filename.startswith(own):
+                    lines.append(f"{frame.filename}:{frame.lineno}: {frame.line}")
+        seen = seen.__cause__ or seen.__context__
+    for line in str(error).splitlines():
+        if 'File "' in line and "/torch/" not in line:
+            lines.append(line.strip())
+    return lines[-1] if lines else ""
+
+
+def _refuse_state(exported: ExportedProgram) -> None:
+    for spec in exported.graph_signature.output_specs:
+        if spec.kind not in _RESULT_KINDS:
+            raise StatefulModel(
+                "the model writes to memory while it runs",
+                where=str(spec.target),
+                expected="a pure function of its inputs",
+                found=f"{spec.kind.name.lower().replace('_', ' ')} of {spec.target}",
+                fix="call it in eval() mode, and pass state (such as a cache) in and out",
+            )
+
+
+def _weight_entries(exported: ExportedProgram) -> Weights:
+    """The tensors behind the graph's lifted inputs, ties under one name."""
+    stored: dict[str, Tensor] = {}
+    for spec in exported.graph_signature.input_specs:
+        if spec.kind in _WEIGHT_KINDS and spec.target is not None:
+            kept = exported.state_dict.get(spec.target)
+            found: Any = kept if kept is not None else exported.constants[spec.target]
+            stored[spec.target] = found.detach()
+    tied = {n: t.detach() for n, t in exported.state_dict.items() if n not in stored}
+    aliases = find_ties({**stored, **tied})
+    entries: dict[str, Entry] = {n: t for n, t in stored.items() if n not in aliases}
+    known = {alias: name for alias, name in aliases.items() if name in entries}
+    return Weights(entries, known)
+
+
+def _lift_weights(exported: ExportedProgram, aliases: Mapping[str, str]) -> fx.Graph:
+    """Copy the graph; lifted placeholders become get_attr nodes, inputs placeholders."""
+    specs = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    by_name: dict[str, fx.Node] = {}
+    nodes = list(exported.graph.nodes)
+    placeholders = [node for node in nodes if node.op == "placeholder"]
+    inputs = [node for node in placeholders if specs[node.name].kind == InputKind.USER_INPUT]
+    for node in inputs:
+        mapping[node] = graph.placeholder(node.name)
+        mapping[node].meta = _kept_meta(node)
+        spec = specs[node.name].arg
+        if isinstance(spec, ConstantArgument):
+            mapping[node].meta["val"] = spec.value
+    for node in placeholders:
+        spec = specs[node.name]
+        if spec.kind not in _WEIGHT_KINDS or not node.users:
+            continue
+        name = aliases.get(str(spec.target), str(spec.target))
+        if name not in by_name:
+            by_name[name] = graph.get_attr(name)
+            by_name[name].meta = _kept_meta(node)
+        mapping[node] = by_name[name]
+    for node in nodes:
+        if node.op == "output":
+            results = _results(exported, node, mapping)
+            graph.output(results).meta = {}
+        elif node.op != "placeholder":
+            _refuse_nested(node)
+            mapping[node] = graph.node_copy(node, lambda n: mapping[n])
+            mapping[node].meta = _kept_meta(node)
+    return graph
+
+
+def _results(
+    exported: ExportedProgram, output: fx.Node, mapping: Mapping[fx.Node, fx.Node]
+) -> list[Any]:
+    flat = list(output.args[0])  # type: ignore[arg-type]
+    return [mapping[value] if isinstance(value, fx.Node) else value for value in flat]
+
+
+def _refuse_nested(node: fx.Node) -> None:
+    if node.op == "get_attr" or isinstance(node.target, torch._ops.HigherOrderOperator):
+        raise CaptureFailed(
+            f"the graph holds control flow that planish does not read: {node.target}",
+            where=module_path(node),
+            expected="one flat graph",
+            found=f"%{node.name} = {node.target}",
+            fix="capture the parts around it separately",
+        )
+
+
+def _kept_meta(node: fx.Node) -> dict[str, Any]:
+    meta: dict[str, Any] = {"module": module_path(node)}
+    if "val" in node.meta:
+        meta["val"] = node.meta["val"]
+    if node.meta.get("stack_trace"):
+        meta["stack_trace"] = node.meta["stack_trace"]
+    return meta
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the innermost module that the node was traced in, "" at the root."""
+    if "module" in node.meta:
+        return node.meta["module"]
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = str(list(stack.values())[-1][0])
+    if path.startswith("_empty_nn_module_stack"):
+        return ""
+    path = path.removeprefix("L['self']").removeprefix(".")
+    return path.replace("._modules", "").replace("['", ".").replace("']", "").lstrip(".")

@@ -1,0 +1,157 @@
+"""Weights by the model's own names: ties kept, lazy, dense or encoded.
+
+An entry is a dense tensor (often memory-mapped from a file), an `Encoded` tensor of some number
+format, or a `Derived` one: a recipe over other entries that is computed when somebody reads it.
+A program reads `weights[name]` and always gets a dense tensor; targets that can do better look at
+`weights.entry(name)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from .errors import UnknownWeight
+
+
+@runtime_checkable
+class EncodedTensor(Protocol):
+    """What a number format leaves behind: see `planish.ir.formats.Encoded`."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def decode(self) -> Tensor: ...
+
+    def nbytes(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A dense weight computed from others on reading, e.g. the stacked rows of q, k and v.
+
+    compute: called with the dense sources; returns a tensor of `shape` and `dtype`.
+    """
+
+    sources: tuple[Tensor | EncodedTensor | Derived, ...]
+    compute: Callable[..., Tensor]
+    shape: torch.Size
+    dtype: torch.dtype
+    label: str
+
+    def decode(self) -> Tensor:
+        return self.compute(*(dense(source) for source in self.sources))
+
+    def nbytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
+
+Entry = Tensor | EncodedTensor | Derived
+
+
+def dense(entry: Entry) -> Tensor:
+    """The entry as a dense tensor of its shape and dtype; a stored tensor is not copied."""
+    return entry if isinstance(entry, Tensor) else entry.decode()
+
+
+def entry_bytes(entry: Entry) -> int:
+    """Bytes of the entry as it is kept."""
+    return entry.numel() * entry.element_size() if isinstance(entry, Tensor) else entry.nbytes()
+
+
+class Weights(Mapping[str, Tensor]):
+    """A mapping name -> dense tensor over dense, encoded and derived entries.
+
+    Tied weights have one entry; their other names are in `aliases` and read through.
+    Copies share the entries, so copying is cheap and an edit of a copy leaves the original alone.
+    """
+
+    def __init__(
+        self, entries: Mapping[str, Entry] | None = None, aliases: Mapping[str, str] | None = None
+    ) -> None:
+        self._entries: dict[str, Entry] = dict(entries or {})
+        self.aliases: dict[str, str] = dict(aliases or {})
+
+    def canonical(self, name: str) -> str:
+        """The name under which a weight is kept; raises UnknownWeight."""
+        name = self.aliases.get(name, name)
+        if name not in self._entries:
+            raise UnknownWeight.named(name, self._entries)
+        return name
+
+    def entry(self, name: str) -> Entry:
+        """The weight as it is kept: dense, encoded or derived."""
+        return self._entries[self.canonical(name)]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return dense(self.entry(name))
+
+    def __setitem__(self, name: str, entry: Entry) -> None:
+        self._entries[self.aliases.get(name, name)] = entry
+
+    def __delitem__(self, name: str) -> None:
+        name = self.canonical(name)
+        del self._entries[name]
+        self.aliases = {a: n for a, n in self.aliases.items() if n != name}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries or name in self.aliases
+
+    def names_of(self, name: str) -> list[str]:
+        """The canonical name and every alias of a weight."""
+        name = self.canonical(name)
+        return [name, *(alias for alias, kept in self.aliases.items() if kept == name)]
+
+    def fresh_name(self, wanted: str) -> str:
+        """`wanted`, or `wanted_2`, ... if it is taken."""
+        name, count = wanted, 1
+        while name in self:
+            count += 1
+            name = f"{wanted}_{count}"
+        return name
+
+    def shape(self, name: str) -> torch.Size:
+        return self.entry(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.entry(name).dtype
+
+    def nbytes(self) -> int:
+        """Bytes of all entries as they are kept, each tie once."""
+        return sum(entry_bytes(entry) for entry in self._entries.values())
+
+    def parameter_count(self) -> int:
+        """Logical elements of all floating-point entries, each tie once."""
+        kept = self._entries.values()
+        return sum(e.shape.numel() for e in kept if e.dtype.is_floating_point)
+
+    def copy(self) -> Weights:
+        return Weights(self._entries, self.aliases)
+
+
+def find_ties(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Names that show the same memory in the same way: {alias: first name}."""
+    first: dict[tuple[object, ...], str] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        if tensor.numel() == 0 or tensor.device.type == "meta":
+            continue
+        key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if key in first:
+            aliases[name] = first[key]
+        else:
+            first[key] = name
+    return aliases

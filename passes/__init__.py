@@ -1,0 +1,1 @@
+"""Passes: a program in, a better program out, under a contract."""
