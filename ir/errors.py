@@ -130,3 +130,39 @@ class ScaleOverflow(PlanishError):
 
 class UnsupportedShape(PlanishError):
     """A tensor's shape that a format or a packed layout cannot hold."""
+
+
+class SourceNotFound(PlanishError):
+    """A model's file or folder does not exist, or lacks a file it cannot do without."""
+
+
+class CorruptFile(PlanishError):
+    """A file is damaged or is not of the kind its name says."""
+
+
+class TruncatedFile(CorruptFile):
+    """A file ends before the data that its own header announces."""
+
+
+class MissingShard(CorruptFile):
+    """An index names a shard that is not there."""
+
+
+class MissingTensor(PlanishError):
+    """A checkpoint lacks a tensor that its configuration or its index asks for."""
+
+
+class TensorMismatch(PlanishError):
+    """A checkpoint's tensor has another shape than the configuration asks for."""
+
+
+class PickleRefused(PlanishError):
+    """Weights offered as a pickle: reading one runs whatever code it holds."""
+
+
+class UnsupportedCheckpoint(PlanishError):
+    """A model on disk of a kind that planish does not read."""
+
+
+class MissingExtra(PlanishError):
+    """An optional dependency is not installed."""
