@@ -8,6 +8,7 @@ A program reads `weights[name]` and always gets a dense tensor; targets that can
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -23,7 +24,7 @@ class EncodedTensor(Protocol):
     """What a number format leaves behind: see `planish.ir.formats.Encoded`."""
 
     @property
-    def shape(self) -> torch.Size: ...
+    def shape(self) -> tuple[int, ...]: ...
 
     @property
     def dtype(self) -> torch.dtype: ...
@@ -124,7 +125,7 @@ class Weights(Mapping[str, Tensor]):
         return name
 
     def shape(self, name: str) -> torch.Size:
-        return self.entry(name).shape
+        return torch.Size(self.entry(name).shape)
 
     def dtype(self, name: str) -> torch.dtype:
         return self.entry(name).dtype
@@ -136,7 +137,7 @@ class Weights(Mapping[str, Tensor]):
     def parameter_count(self) -> int:
         """Logical elements of all floating-point entries, each tie once."""
         kept = self._entries.values()
-        return sum(e.shape.numel() for e in kept if e.dtype.is_floating_point)
+        return sum(math.prod(e.shape) for e in kept if e.dtype.is_floating_point)
 
     def copy(self) -> Weights:
         return Weights(self._entries, self.aliases)

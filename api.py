@@ -1,0 +1,147 @@
+"""The Python interface: trace, optimize, explain; Optimized with its export."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .ir.errors import WrongInput
+from .ir.history import History
+from .ir.program import Program
+from .passes.pipeline import Pipeline
+from .recipes import Recipe, find_recipe
+from .report import Report, report
+from .sources import load_program
+
+Model = torch.nn.Module | Program | str | Path
+Progress = Callable[[int, int, str], None]
+
+
+def trace(
+    model: Model,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+) -> Program:
+    """Capture a model as a Program, callable like the model.
+
+    model: a module; a folder (Hugging Face or a saved program); a GGUF file; a `.pt2` file.
+    args, kwargs: example inputs; optional where a file tells enough to make some. Batch and
+    length stay free unless dynamic_shapes (as for `torch.export.export`) says otherwise.
+    Raises CaptureFailed, StatefulModel, WrongInput and the errors of the file formats.
+    """
+    if isinstance(model, Program):
+        return model
+    if isinstance(model, torch.nn.Module):
+        from .ir.capture import capture_module
+
+        return capture_module(model, _as_tuple(args), kwargs, dynamic_shapes)
+    return load_program(Path(model), _as_tuple(args), dict(kwargs or {}), dynamic_shapes)
+
+
+def optimize(
+    model: Model,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    recipe: str | Path | Recipe = "exact",
+    calibration: Iterable[Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+    verify: str = "facts",
+    on_break: str = "rollback",
+    progress: Progress | None = None,
+) -> Optimized:
+    """Trace a model (unless it is a Program already) and run a recipe on it.
+
+    calibration: batches, each like the model's inputs (a tensor, a tuple or a mapping of keywords).
+    options: {"pass.option": value} laid over the recipe's. verify: "structure", "facts" or
+    "numbers" (contracts are checked on the example inputs and on two calibration batches).
+    """
+    chosen = find_recipe(recipe)
+    steps = chosen.passes(options)
+    program = trace(model, args, kwargs)
+    batches = [flat_batch(program, batch) for batch in calibration or ()]
+    line = Pipeline(steps, verify=verify, on_break=on_break)
+    if progress is not None:
+        line.progress = progress
+    probes = [list(program.examples)] if program.examples else []
+    result = line.run(program, probes=[*probes, *batches[:2]], calibration=batches)
+    return Optimized(result, chosen, dict(options or {}))
+
+
+def explain(model: Model | Optimized, args: tuple[Any, ...] = (), **kwargs: Any) -> Report:
+    """What planish recognizes in a model and what it leaves alone, and why."""
+    if isinstance(model, Optimized):
+        return report(model.program)
+    return report(trace(model, args, kwargs or None))
+
+
+def flat_batch(program: Program, batch: Any) -> list[Any]:
+    """One calibration batch as flat inputs; raises WrongInput."""
+    if isinstance(batch, Tensor):
+        batch = (batch,)
+    if isinstance(batch, Mapping):
+        return program.flatten_inputs((), dict(batch))
+    if not isinstance(batch, (tuple, list)):
+        raise WrongInput(
+            "a calibration batch is not an input of the model",
+            expected="a tensor, a tuple of positional inputs or a mapping of keyword inputs",
+            found=type(batch).__name__,
+            fix="for example calibration=[(ids,), (ids2,)]",
+        )
+    return program.flatten_inputs(tuple(batch), {})
+
+
+def _as_tuple(args: Any) -> tuple[Any, ...]:
+    return (args,) if isinstance(args, Tensor) else tuple(args)
+
+
+@dataclass
+class Optimized:
+    """An optimized model: called like the original, exported to a target."""
+
+    program: Program
+    recipe: Recipe
+    options: dict[str, Any] = field(default_factory=dict[str, Any])
+    _callable: Callable[..., Any] | None = field(default=None, repr=False)
+
+    @property
+    def history(self) -> History:
+        """What each pass did."""
+        return self.program.history
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the compiled program; the first call compiles it."""
+        flat = self.program.flatten_inputs(args, kwargs)
+        if self._callable is None:
+            from .codegen.torch_cpu import compile_program
+
+            self._callable = compile_program(self.program)
+        with torch.no_grad():
+            return self.program.unflatten_outputs(self._callable(*flat))
+
+    def export(
+        self,
+        folder: str | Path,
+        *,
+        target: str = "onnx",
+        profile: str | None = None,
+        force: bool = False,
+    ) -> Path:
+        """Write a folder for a target; returns its path.
+
+        Raises OutputExists (unless force), OutputNotWritable, UnknownTarget, UnsupportedByTarget.
+        The folder appears whole or not at all.
+        """
+        from .codegen.target import export_program
+
+        metadata = {"recipe": self.recipe.name, "options": self.options}
+        return export_program(
+            self.program, Path(folder), target, profile=profile, force=force, metadata=metadata
+        )

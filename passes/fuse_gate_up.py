@@ -1,0 +1,48 @@
+"""Fuse the gate and up projections of a gated MLP into one matmul.
+
+Before: `%g = linear(%x, %G); %u = linear(%x, %U); %h = gated(%g, %u, silu)`.
+After: `%gu = linear(%x, [%G; %U]); %h = gated(slice(%gu), slice(%gu), silu)`.
+Equal because a matmul computes each output row on its own (Shazeer 2020 for the gated MLP).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ..ir.edit import Editor
+from ..ir.program import Node
+from ..ir.rewrite import Decline, Match, Rule
+from .contract import RulePass, contract
+from .stack_linears import LINEAR, earliest, stack_linears, why_not_stackable
+
+
+class _GateUp(Rule):
+    name = kind = "fuse_gate_up"
+
+    def look(self, node: Node) -> Match | Decline | None:
+        if node.target is not torch.ops.planish.gated.default:
+            return None
+        gate, up = node.all_input_nodes[0], node.all_input_nodes[-1]
+        if gate.target is not LINEAR or up.target is not LINEAR:
+            return Decline(
+                "gate and up are not two matmuls (packed already, or computed otherwise)"
+            )
+        reason = why_not_stackable([gate, up])
+        if reason:
+            return Decline(reason)
+        return Match(node, {"linears": [gate, up]}, at=earliest([gate, up]))
+
+    def build(self, found: Match, editor: Editor) -> dict[Node, Node]:
+        return stack_linears(found.found["linears"], editor)
+
+
+@dataclass(frozen=True)
+class FuseGateUp(RulePass):
+    """One matmul for the gate and up projections of each gated MLP."""
+
+    contract = contract("bounded", requires=["raised", "dense_weights"])
+    rules: ClassVar[Sequence[Rule]] = (_GateUp(),)

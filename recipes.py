@@ -1,0 +1,205 @@
+"""Recipes: named orders of passes. The one place where order is decided.
+
+A recipe is a list of passes with options. The built-in ones are below; a user's own is a YAML file:
+
+    name: mine
+    description: exact fusions, then 4-bit weights
+    passes:
+      - recipe: exact
+      - quantize_weights: {bits: 4, group_size: 64}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .ir.errors import PlanishError, UnknownOption, UnknownRecipe
+from .passes.catalog import find_pass
+from .passes.contract import Pass
+from .passes.pipeline import Pipeline
+
+
+class BadRecipe(PlanishError):
+    """A recipe file that does not say what it should."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pass by name, with the options that differ from its defaults."""
+
+    name: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def build(self) -> Pass:
+        return find_pass(self.name)().with_options(dict(self.options))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named order of passes."""
+
+    name: str
+    description: str
+    steps: tuple[Step, ...]
+
+    def passes(self, options: Mapping[str, Any] | None = None) -> list[Pass]:
+        """The passes, with `options` {"pass.option": value} laid over the recipe's own.
+
+        Raises UnknownPass, UnknownOption (with the nearest name) and WrongOption.
+        """
+        changes = _by_pass(options or {})
+        names = {step.name for step in self.steps}
+        for name in changes:
+            if name not in names:
+                raise UnknownOption.named(name, names, where=f"options of recipe {self.name}")
+        return [step.build().with_options(changes.get(step.name, {})) for step in self.steps]
+
+    def to_yaml(self) -> str:
+        body = [
+            {step.name: dict(step.options)} if step.options else step.name for step in self.steps
+        ]
+        data = {"name": self.name, "description": self.description, "passes": body}
+        return yaml.safe_dump(data, sort_keys=False)
+
+
+def _by_pass(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    grouped: dict[str, dict[str, Any]] = {}
+    for key, value in options.items():
+        name, dot, option = key.partition(".")
+        if not dot:
+            raise UnknownOption(
+                f"option {key!r} does not say of which pass it is",
+                expected="PASS.OPTION, for example quantize_weights.group_size",
+                found=key,
+                fix="put the pass's name before it; planish passes lists them",
+            )
+        grouped.setdefault(name, {})[option] = value
+    return grouped
+
+
+def _steps(*parts: str | tuple[str, dict[str, Any]]) -> tuple[Step, ...]:
+    named = [(part, {}) if isinstance(part, str) else part for part in parts]
+    return tuple(Step(name, tuple(options.items())) for name, options in named)
+
+
+_RAISE = _steps(
+    "canonicalize",
+    "share_subexpressions",
+    "raise_norm",
+    "raise_rotary",
+    "raise_gelu",
+    "raise_gate",
+    "raise_attention",
+    "share_subexpressions",
+    "drop_dead",
+)
+_EXACT = _RAISE + _steps("fold_constants", "fuse_qkv", "fuse_gate_up", "drop_dead")
+_TABLES = "int8-g32-sym-f32"
+
+
+def _weights(bits: int, group_size: int | None, **more: Any) -> tuple[Step, ...]:
+    options = {"bits": bits, "group_size": group_size, **more}
+    return _EXACT + _steps(("quantize_weights", options))
+
+
+_BUILT_IN = (
+    Recipe("raise", "recognize norms, rotary embeddings, gates and attention", _RAISE),
+    Recipe("exact", "the same function, faster: raise and fuse, nothing lossy", _EXACT),
+    Recipe(
+        "int8",
+        "8-bit weights, groups of 32, embeddings included",
+        _weights(8, 32, embeddings=_TABLES),
+    ),
+    Recipe(
+        "int4",
+        "4-bit weights, groups of 32; 8-bit embeddings",
+        _weights(4, 32, embeddings=_TABLES),
+    ),
+    Recipe(
+        "int3", "3-bit weights, groups of 32; 8-bit embeddings", _weights(3, 32, embeddings=_TABLES)
+    ),
+    Recipe(
+        "int2", "2-bit weights, groups of 32; 8-bit embeddings", _weights(2, 32, embeddings=_TABLES)
+    ),
+)
+
+
+def recipes() -> dict[str, Recipe]:
+    """The built-in recipes by name."""
+    return {recipe.name: recipe for recipe in _BUILT_IN}
+
+
+def find_recipe(name: str | Path | Recipe) -> Recipe:
+    """A built-in recipe by name, or one from a YAML file; raises UnknownRecipe, BadRecipe."""
+    if isinstance(name, Recipe):
+        return name
+    known = recipes()
+    if str(name) in known:
+        return known[str(name)]
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise UnknownRecipe(f"there is no recipe file {path}", fix="check the path")
+        return read_recipe(path.read_text(encoding="utf-8"), where=str(path))
+    raise UnknownRecipe.named(str(name), known)
+
+
+def read_recipe(text: str, where: str = "recipe") -> Recipe:
+    """Parse a recipe's YAML; raises BadRecipe, UnknownPass, UnknownOption."""
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise BadRecipe("the recipe is not YAML", where=where, found=str(error)) from error
+    if not isinstance(data, dict) or not isinstance(data.get("passes"), list):
+        raise BadRecipe(
+            "the recipe has no list of passes",
+            where=where,
+            expected="a mapping with name, description and passes",
+            found=type(data).__name__,
+            fix="see planish recipes --yaml exact",
+        )
+    unknown = set(data) - {"name", "description", "passes"}
+    if unknown:
+        raise BadRecipe(
+            "the recipe has unknown keys", where=where, found=", ".join(map(str, sorted(unknown)))
+        )
+    steps = tuple(step for item in data["passes"] for step in _read_step(item, where))
+    recipe = Recipe(str(data.get("name", where)), str(data.get("description", "")), steps)
+    recipe.passes()  # names and options are checked now, not in the middle of a run
+    return recipe
+
+
+def _read_step(item: Any, where: str) -> tuple[Step, ...]:
+    if isinstance(item, str):
+        return (Step(item),)
+    if not isinstance(item, dict) or len(item) != 1:
+        raise BadRecipe(
+            "a step is neither a pass's name nor a mapping of one name to options",
+            where=where,
+            found=repr(item),
+            fix="write - canonicalize, or - quantize_weights: {bits: 4}",
+        )
+    (name, options), *_ = item.items()
+    if name == "recipe":
+        return find_recipe(str(options)).steps
+    if not isinstance(options, dict):
+        raise BadRecipe(
+            f"the options of {name} are not a mapping", where=where, found=repr(options)
+        )
+    return (Step(str(name), tuple(options.items())),)
+
+
+def pipeline(
+    recipe: str | Path | Recipe,
+    options: Mapping[str, Any] | None = None,
+    *,
+    verify: str = "facts",
+    on_break: str = "rollback",
+) -> Pipeline:
+    """The pipeline of a recipe with options laid over it."""
+    return Pipeline(find_recipe(recipe).passes(options), verify=verify, on_break=on_break)
