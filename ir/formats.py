@@ -48,6 +48,8 @@ class AffineInt(Format):
         44.13 / 44.14 at 8.
 
     Rounds to nearest, ties to even. Groups of one constant are exact if the scale dtype holds it.
+    Encoding a decoded weight again changes nothing if symmetric (and no scale is subnormal); with
+    zero points it may move values by a step, and `encode_with` the first grid does not.
     """
 
     bits: int
