@@ -11,6 +11,7 @@ import inspect
 import traceback
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -206,20 +207,23 @@ def _capture_failed(model: torch.nn.Module, error: BaseException) -> CaptureFail
 
 
 def _user_frame(error: BaseException) -> str:
-    """The innermost source line outside of torch, in the chain of causes."""
-    lines: list[str] = []
+    """The innermost source line outside of torch and planish, in the chain of causes."""
+    own = str(Path(__file__).parent.parent)
+    places: list[str] = []
     seen: BaseException | None = error
     while seen is not None:
-        for frame in traceback.extract_tb(seen.__traceback__):
-            if "/torch/" not in frame.filename and "planish" not in frame.filename:
-                own = __file__.rsplit("/", 1)[0]
-                if not frame.filename.startswith(own):
-                    lines.append(f"{frame.filename}:{frame.lineno}: {frame.line}")
+        places += [
+            f"{frame.filename}:{frame.lineno}: {frame.line}"
+            for frame in traceback.extract_tb(seen.__traceback__)
+            if "/torch/" not in frame.filename and str(Path(frame.filename).parent.parent) != own
+        ]
         seen = seen.__cause__ or seen.__context__
-    for line in str(error).splitlines():
+    lines = str(error).splitlines()
+    for place, line in enumerate(lines):  # a non-strict trace tells the place in its message only
         if 'File "' in line and "/torch/" not in line:
-            lines.append(line.strip())
-    return lines[-1] if lines else ""
+            code = lines[place + 1].strip() if place + 1 < len(lines) else ""
+            places.append(f"{line.strip()}: {code}")
+    return places[-1] if places else ""
 
 
 def _refuse_state(exported: ExportedProgram) -> None:
