@@ -20,7 +20,7 @@ import platformdirs
 import torch
 from torch import nn
 
-from .errors import MissingExtra, UnsupportedCheckpoint
+from .errors import MissingExtra, OutputNotWritable, UnsupportedCheckpoint
 from .gguf_header import GgufHeader, read_gguf_header
 from .read_hf_folder import Attention, import_transformers, quiet, read_hf_folder
 
@@ -40,14 +40,15 @@ def read_gguf(file: str | Path, *, attention: Attention | None = None) -> nn.Mod
 def gguf_folder(file: str | Path) -> Path:
     """The cached folder (safetensors, config.json, tokenizer) of a GGUF file, made if need be.
 
-    Raises SourceNotFound, CorruptFile, TruncatedFile, MissingExtra, UnsupportedCheckpoint.
+    Raises SourceNotFound, CorruptFile, TruncatedFile, MissingExtra, UnsupportedCheckpoint and
+    OutputNotWritable (the cache).
     """
     file = Path(file).resolve()
     folder = cache_folder() / "gguf" / _key(file)
     if (folder / "config.json").is_file():
         return folder
     header = read_gguf_header(file)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    _make_writable(folder.parent)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as aside:
         whole = Path(aside) / "folder"
         _convert(file, header, whole)
@@ -59,6 +60,20 @@ def cache_folder() -> Path:
     """Where planish keeps what it can make again: `$PLANISH_CACHE` or the platform's place."""
     chosen = os.environ.get("PLANISH_CACHE")
     return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("planish"))
+
+
+def _make_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputNotWritable(
+            "the cache for converted models cannot be written",
+            where=str(folder),
+            found=str(error),
+            fix="set PLANISH_CACHE to a folder that can be",
+        ) from error
 
 
 def _key(file: Path) -> str:

@@ -97,7 +97,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         settings: Any = json.loads(file.read_text("utf-8"))
     except ValueError as error:
         raise CorruptFile(
-            "config.json is damaged", where=str(file), expected="JSON", found=str(error)
+            "config.json is damaged",
+            where=str(file),
+            expected="JSON",
+            found=str(error),
+            fix="copy or download the file again",
         ) from error
     if not isinstance(settings, dict) or "model_type" not in settings:
         raise CorruptFile(
