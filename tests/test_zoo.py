@@ -1,4 +1,4 @@
-"""Every tiny model is captured with dynamic shapes and equals itself at a second shape."""
+"""The tiny models are fit to test with: finite, varied, not square, the same for a seed."""
 
 from __future__ import annotations
 
@@ -9,25 +9,17 @@ from torch.utils._pytree import tree_leaves
 
 
 @pytest.mark.parametrize(("name", "attention"), zoo.CASES)
-def test_captured_equals_model_at_another_shape(name: str, attention: zoo.Attention) -> None:
+def test_outputs_are_finite_and_vary_at_both_shapes(name: str, attention: zoo.Attention) -> None:
     sample = zoo.build(name, attention)
-    inputs = sample.other_inputs()
-    assert any(inputs[k].shape != v.shape for k, v in sample.kwargs.items())
-    with torch.no_grad():
-        exported = torch.export.export(
-            sample.model,
-            sample.args,
-            sample.kwargs,
-            dynamic_shapes=sample.dynamic_shapes,
-            strict=False,
-        ).run_decompositions({})
-        expected = [x for x in tree_leaves(sample.model(**inputs)) if isinstance(x, torch.Tensor)]
-        found = [x for x in tree_leaves(exported.module()(**inputs)) if isinstance(x, torch.Tensor)]
-    assert len(expected) == len(found)
-    for want, have in zip(expected, found, strict=True):
-        assert torch.isfinite(want).all()
-        assert want.float().std() > 1e-2
-        torch.testing.assert_close(have, want)
+    other = sample.other_inputs()
+    assert any(other[key].shape != value.shape for key, value in sample.kwargs.items())
+    for inputs in (sample.kwargs, other):
+        with torch.no_grad():
+            leaves = [x for x in tree_leaves(sample.model(**inputs)) if isinstance(x, torch.Tensor)]
+        assert leaves
+        for leaf in leaves:
+            assert torch.isfinite(leaf).all()
+            assert leaf.float().std() > 1e-2
 
 
 @pytest.mark.parametrize("name", zoo.ARCHITECTURES)
