@@ -160,6 +160,10 @@ class PickleRefused(PlanishError):
     """Weights offered as a pickle: reading one runs whatever code it holds."""
 
 
+class OperatorRefused(PlanishError):
+    """A saved program names an operator that is unknown, or that does more than compute."""
+
+
 class UnsupportedCheckpoint(PlanishError):
     """A model on disk of a kind that planish does not read."""
 

@@ -30,7 +30,7 @@ from .errors import (
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 INDEX_SUFFIX = ".safetensors.index.json"
 _LONGEST_HEADER = 100_000_000
-_DTYPES: dict[str, torch.dtype] = {
+DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -180,19 +180,19 @@ def _place(file: Path, name: str, entry: Any, data: int) -> StoredTensor:
         start, stop = (data + offset for offset in entry["data_offsets"])
     except (TypeError, KeyError, ValueError) as error:
         raise _corrupt(file, f"dtype, shape and data_offsets of {name}", repr(entry)) from error
-    if kind not in _DTYPES:
+    if kind not in DTYPES:
         raise UnsupportedCheckpoint(
             f"the tensor {name} has the dtype {kind!r}",
             where=str(file),
-            expected=f"one of {', '.join(_DTYPES)}",
+            expected=f"one of {', '.join(DTYPES)}",
             found=repr(kind),
             fix="convert the checkpoint to one of these dtypes",
         )
     if not all(isinstance(axis, int) and axis >= 0 for axis in shape):
         raise _corrupt(file, f"a shape of whole numbers for {name}", repr(shape))
-    if start < data or stop - start != math.prod(shape) * _DTYPES[kind].itemsize:
+    if start < data or stop - start != math.prod(shape) * DTYPES[kind].itemsize:
         raise _corrupt(file, f"{name}: {kind}{list(shape)} in bytes", f"{stop - start} bytes")
-    return StoredTensor(name, file, _DTYPES[kind], shape, start, stop)
+    return StoredTensor(name, file, DTYPES[kind], shape, start, stop)
 
 
 def _map(file: Path) -> torch.UntypedStorage:
