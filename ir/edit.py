@@ -57,7 +57,8 @@ class Editor:
     def at(self, node: Node, module: str | None = None) -> Generator[Editor]:
         """Emit before `node`; new nodes are told to come from its module (or from `module`)."""
         token = _CURRENT.set(self)
-        before, self.module = self.module, module or node.meta.get("module", "")
+        before = self.module
+        self.module = node.meta.get("module", "") if module is None else module
         try:
             with self.graph.inserting_before(node):
                 yield self

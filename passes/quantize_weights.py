@@ -17,6 +17,7 @@ import torch
 from ..ir.errors import UnsupportedGroupSize, WrongOption
 from ..ir.formats import AffineInt, Format, parse_format
 from ..ir.program import Program
+from ..ir.rewrite import Journal
 from ..ir.weight_roles import Role, weight_roles
 from .contract import Context, Pass, contract
 
@@ -68,12 +69,26 @@ class QuantizeWeights(Pass):
     def table_format(self) -> Format | None:
         return None if self.embeddings == "none" else parse_format(self.embeddings)
 
-    def run(self, program: Program, context: Context) -> None:
-        roles = weight_roles(program)
-        planned = [(role, self._format_for(role, context)) for role in roles]
-        chosen = [(role, fmt) for role, fmt in planned if fmt is not None]
+    def planned(self, program: Program, journal: Journal) -> list[tuple[Role, Format]]:
+        """The weights to encode and their formats; raises UnsupportedGroupSize."""
+        offered = [(role, self._format_for(role, journal)) for role in weight_roles(program)]
+        chosen = [(role, fmt) for role, fmt in offered if fmt is not None]
         for role, fmt in chosen:
             self._check_width(role, fmt)
+        return chosen
+
+    def expected_change(self, program: Program) -> int:
+        """By how many bytes the weights will change, from their shapes alone."""
+        change = 0
+        for role, fmt in self.planned(program, Journal(program)):
+            assert role.axis is not None
+            width = int(role.value.shape[role.axis])
+            row = fmt.encode(torch.ones(1, width, dtype=role.value.dtype))
+            change += row.nbytes() * (role.value.numel() // width) - role.value.nbytes
+        return change
+
+    def run(self, program: Program, context: Context) -> None:
+        chosen = self.planned(program, context.journal)
         for done, (role, fmt) in enumerate(chosen):
             context.progress(done, len(chosen), role.name)
             if context.journal.offers():
@@ -82,7 +97,7 @@ class QuantizeWeights(Pass):
                 program.weights[role.name] = fmt.encode(weight, role.axis, where=role.name)
                 context.journal.changed_weight(self.pass_name(), role.name, fmt.name)
 
-    def _format_for(self, role: Role, context: Context) -> Format | None:
+    def _format_for(self, role: Role, journal: Journal) -> Format | None:
         """The format of one weight, or None with the reason in the journal."""
         fmt = self.table_format if role.tables else self.linear_format
         reason = None
@@ -100,7 +115,7 @@ class QuantizeWeights(Pass):
         elif role.value.dim() > 2 and role.tables:
             reason = "a table of more than two axes"
         if reason:
-            context.journal.declined(self.pass_name(), role.name, reason)
+            journal.declined(self.pass_name(), role.name, reason)
             return None
         return fmt
 

@@ -46,10 +46,12 @@ def stack_linears(linears: Sequence[Node], editor: Editor) -> dict[Node, Node]:
     """
     arguments = [bound_arguments(node) for node in linears]
     rows = [shape(a["weight"])[0] for a in arguments]
-    weight = _stacked(editor, [a["weight"] for a in arguments], rows)
+    label = joined_name([str(a["weight"].target) for a in arguments])
+    weight = _stacked(editor, label, [a["weight"] for a in arguments], rows)
     bias = None
     if any(a["bias"] is not None for a in arguments):
-        bias = _stacked(editor, [a["bias"] for a in arguments], rows)
+        label = label.rpartition(".")[0] + ".bias"
+        bias = _stacked(editor, label, [a["bias"] for a in arguments], rows)
     joined = editor.emit(LINEAR, arguments[0]["input"], weight, *([bias] if bias else []))
     replaced: dict[Node, Node] = {}
     start = 0
@@ -60,7 +62,7 @@ def stack_linears(linears: Sequence[Node], editor: Editor) -> dict[Node, Node]:
     return replaced
 
 
-def _stacked(editor: Editor, parts: Sequence[Node | None], rows: Sequence[int]) -> Node:
+def _stacked(editor: Editor, label: str, parts: Sequence[Node | None], rows: Sequence[int]) -> Node:
     weights = editor.program.weights
     names = [None if part is None else str(part.target) for part in parts]
     dtype = next(weights.dtype(name) for name in names if name is not None)
@@ -69,7 +71,6 @@ def _stacked(editor: Editor, parts: Sequence[Node | None], rows: Sequence[int]) 
         for name, count in zip(names, rows, strict=True)
     ]
     total = torch.Size((sum(rows), *tuple(entries[0].shape)[1:]))
-    label = joined_name([name for name in names if name is not None])
     return editor.weight(label, Derived(tuple(entries), _concatenate, total, dtype, "rows stacked"))
 
 
