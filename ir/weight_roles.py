@@ -2,7 +2,7 @@
 
 Found in the graph, never in names: a weight that `linear` reads sums over its last axis, one that
 `addmm` or `matmul` reads on the right sums over its second last, one that `embedding` reads is a
-table whose rows are looked up.
+table whose rows are looked up. Stacks of matrices (experts) are followed through the choice of one.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from .pattern import bound_arguments
 from .program import Node, Program
 
 _ATEN = torch.ops.aten
-# operator: (schema name of the weight argument, axis of the weight that is summed over)
-_READERS: dict[Any, tuple[str, int]] = {
-    _ATEN.linear.default: ("weight", -1),
-    _ATEN.addmm.default: ("mat2", -2),
-    _ATEN.mm.default: ("mat2", -2),
-    _ATEN.bmm.default: ("mat2", -2),
-    _ATEN.baddbmm.default: ("batch2", -2),
-    _ATEN.matmul.default: ("other", -2),
+# operator: the axis that it sums over, by the schema name of the argument that holds the weight
+_READERS: dict[Any, dict[str, int]] = {
+    _ATEN.linear.default: {"weight": -1},
+    _ATEN.addmm.default: {"mat2": -2, "mat1": -1},
+    _ATEN.mm.default: {"mat2": -2, "self": -1},
+    _ATEN.bmm.default: {"mat2": -2, "self": -1},
+    _ATEN.baddbmm.default: {"batch2": -2, "batch1": -1},
+    _ATEN.matmul.default: {"other": -2, "self": -1},
 }
+_CHOICES = {_ATEN.index.Tensor, _ATEN.index_select.default, _ATEN.select.int}
 _TRANSPOSES = {_ATEN.t.default, _ATEN.transpose.int, _ATEN.permute.default}
 
 
@@ -62,24 +63,43 @@ def weight_roles(program: Program) -> list[Role]:
         value = node.meta.get("val")
         if isinstance(value, Tensor) and value.dim() >= 2 and value.is_floating_point():
             role = Role(str(node.target), node)
-            _follow(node, node, role, flipped=False)
+            _follow(node, role, flipped=False)
             roles.append(role)
     return roles
 
 
-def _follow(start: Node, seen: Node, role: Role, flipped: bool) -> None:
+def _follow(start: Node, role: Role, flipped: bool) -> None:
     for user in start.users:
-        reader = _READERS.get(user.target)
-        if reader is not None and bound_arguments(user)[reader[0]] is start:
-            axis = reader[1]
+        axis = _summed_axis(user, start)
+        if axis is not None:
             role.matmuls.append(user)
             role.axes.add(-3 - axis if flipped else axis)
         elif user.target is _ATEN.embedding.default and user.args[0] is start and not flipped:
             role.tables.append(user)
         elif user.target in _TRANSPOSES and _swaps_last_two(user):
-            _follow(user, user, role, not flipped)
+            _follow(user, role, not flipped)
+        elif user.target in _CHOICES and _chooses_matrices(user, start):
+            _follow(user, role, flipped)
         else:
             role.others.append(user)
+
+
+def _summed_axis(user: Node, weight: Node) -> int | None:
+    """The axis of `weight` that `user` sums over, if it is a matmul that reads it once."""
+    places = _READERS.get(user.target, {})
+    held = [name for name in places if bound_arguments(user)[name] is weight]
+    return places[held[0]] if len(held) == 1 else None
+
+
+def _chooses_matrices(user: Node, weight: Node) -> bool:
+    """Whether `user` picks whole matrices out of a stack (experts by number)."""
+    rank = weight.meta["val"].dim()
+    if user.args[0] is not weight or rank < 3:
+        return False
+    if user.target is _ATEN.index.Tensor:
+        chosen: Any = user.args[1]
+        return len(chosen) <= rank - 2
+    return user.args[1] % rank < rank - 2  # type: ignore[operator]
 
 
 def _swaps_last_two(node: Node) -> bool:
