@@ -121,14 +121,19 @@ class Journal:
         return list(self._declined)
 
     def final_pairs(self) -> list[tuple[int, str, str]]:
-        """(number, value before the pass, value after it), chains of rewrites followed."""
+        """(number, value before the pass, value after it), chains of rewrites followed.
+
+        A value that a rewrite made and a later one replaced stands for nothing before the pass: its
+        pair is that of the value at the start of the chain.
+        """
         successor = {old: new for _, old, new in self.touched if old != new}
-        made = {new for _, _, new in self.touched}
         pairs: list[tuple[int, str, str]] = []
         for number, old, new in self.touched:
-            if old in made and old not in self._names:
+            if old not in self._names:
                 continue
-            while new in successor and successor[new] != new:
+            passed = {old}
+            while new in successor and new not in passed:
+                passed.add(new)
                 new = successor[new]
             pairs.append((number, old, new))
         return pairs

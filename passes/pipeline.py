@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from ..ir.errors import FactBroken, PassBroke, WrongOption, WrongOrder
+from ..ir.errors import FactBroken, WrongOption, WrongOrder
 from ..ir.facts import refute
-from ..ir.history import Measured, PassRecord
-from ..ir.numerics import sqnr
+from ..ir.history import Applied, Declined, PassRecord
 from ..ir.program import Program
-from ..ir.rewrite import Journal
-from ..ir.text import excerpt
-from ..ir.verify import Deviation, Yardstick, check_structure
-from .contract import Context, Fidelity, Pass
+from .bisect import accuse, find_culprit, find_rewrite
+from .contract import Pass
+from .judge import Attempt, Judge, Progress, Verdict, quiet, run_pass, verify_numbers
 
 LEVELS = ("structure", "facts", "numbers")
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What verification found after one pass."""
-
-    measured: list[Measured] = field(default_factory=list[Measured])
-    broken: Deviation | None = None
-    weight: str = ""
-    """The weight that broke a LOSSY budget."""
+_MOST_DROPPED = 64
 
 
 @dataclass
@@ -36,13 +26,16 @@ class Pipeline:
 
     verify: "structure" (always done), "facts" (and what passes ensure), "numbers" (and what their
     contracts promise, on the probes). on_break: "rollback" leaves out single rewrites that break
-    their bound, "raise" stops with PassBroke.
+    their bound, "raise" stops with PassBroke. reproducer: a folder to write, from which
+    `planish explain` replays the fault, before PassBroke is raised. progress: called with
+    (done, total, what).
     """
 
     passes: Sequence[Pass]
     verify: str = "facts"
     on_break: str = "rollback"
-    progress: Callable[[int, int, str], None] = lambda done, total, what: None
+    progress: Progress = quiet
+    reproducer: str | Path | None = None
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -106,58 +99,61 @@ class Pipeline:
         program = program.copy()
         for done, step in enumerate(self.passes):
             self.progress(done, len(self.passes), step.pass_name())
-            program = self._step(step, program, probes, list(calibration))
+            place = (done + 1, len(self.passes))
+            program = self._step(step, program, probes, list(calibration), place)
         self.progress(len(self.passes), len(self.passes), "done")
         return program
 
     def _step(
-        self, step: Pass, before: Program, probes: Sequence[Any], calibration: list[list[Any]]
-    ) -> Program:
-        started = time.perf_counter()
-        after, journal = run_pass(step, before, calibration)
-        verdict = Verdict()
-        dropped: list[int] = []
-        if self.verify == "numbers":
-            yardstick = Yardstick(before, probes, step.contract.fidelity is Fidelity.EXACT)
-            verdict = verify_numbers(step, before, after, journal, yardstick)
-            while verdict.broken is not None or verdict.weight:
-                if self.on_break == "raise":
-                    raise broken_error(step, after, verdict, journal)
-                number = find_culprit(step, before, yardstick, journal, verdict, set(dropped))
-                if number is None or len(dropped) >= 64:
-                    raise broken_error(step, after, verdict, journal)
-                dropped.append(number)
-                after, journal = run_pass(step, before, calibration, skip=dropped)
-                verdict = verify_numbers(step, before, after, journal, yardstick)
-        record = self._record(step, before, after, journal, verdict, started)
-        if dropped:
-            _, full = run_pass(step, before, calibration)
-            left_out = [a for a in full.applied_records(before) if a.number in dropped]
-            record.rolled_back = left_out
-        after.history.records.append(record)
-        return after
-
-    def _record(
         self,
         step: Pass,
         before: Program,
-        after: Program,
-        journal: Journal,
-        verdict: Verdict,
-        started: float,
-    ) -> PassRecord:
+        probes: Sequence[Any],
+        calibration: list[list[Any]],
+        place: tuple[int, int],
+    ) -> Program:
+        started = time.perf_counter()
+        judge = Judge(step, before, probes, calibration, self.progress)
+        dropped: list[_Dropped] = []
+        if self.verify == "numbers":
+            attempt = self._drop_wrong(judge, dropped, place)
+        else:
+            after, journal = run_pass(step, before, calibration, progress=self.progress)
+            attempt = Attempt(after, journal, Verdict())
+        after = attempt.after
         self._settle_facts(step, after)
-        return PassRecord(
+        record = PassRecord(
             name=step.pass_name(),
             options=step.options(),
             fidelity=step.contract.fidelity.value,
             seconds=time.perf_counter() - started,
             nodes=(len(before.graph.nodes), len(after.graph.nodes)),
             nbytes=(before.nbytes(), after.nbytes()),
-            applied=journal.applied_records(after),
-            declined=journal.declined_records(),
-            measured=verdict.measured,
+            applied=attempt.journal.applied_records(after),
+            declined=[*attempt.journal.declined_records(), *(d.declined() for d in dropped)],
+            measured=attempt.verdict.measured,
+            rolled_back=[record for d in dropped for record in d.applied],
         )
+        after.history.records.append(record)
+        return after
+
+    def _drop_wrong(self, judge: Judge, dropped: list[_Dropped], place: tuple[int, int]) -> Attempt:
+        """Leave out one wrong rewrite after another until the contract holds.
+
+        Each one found is the first at which the pass goes wrong, so the numbers only grow and what
+        is left out later does not renumber what was left out before.
+        """
+        attempt = judge.attempt()
+        while attempt.verdict.wrong:
+            skip = [d.number for d in dropped]
+            number = find_rewrite(judge, attempt, skip)
+            known = number is not None and number not in skip and len(skip) < _MOST_DROPPED
+            if self.on_break == "raise" or not known:
+                raise accuse(judge, attempt, number, skip, place, self.reproducer).error()
+            assert number is not None
+            dropped.append(_Dropped.of(number, attempt))
+            attempt = judge.attempt(skip=[*skip, number])
+        return attempt
 
     def _settle_facts(self, step: Pass, after: Program) -> None:
         after.facts = (after.facts | step.contract.ensures) - step.contract.breaks
@@ -174,110 +170,25 @@ class Pipeline:
             )
 
 
-def run_pass(
-    step: Pass,
-    program: Program,
-    calibration: list[list[Any]] | None = None,
-    limit: int | None = None,
-    skip: Sequence[int] = (),
-) -> tuple[Program, Journal]:
-    """Run one pass on a copy and check its structure; limit, skip: see `Journal`."""
-    after = program.copy()
-    journal = Journal(after, limit, skip)
-    step.run(after, Context(journal, calibration or []))
-    check_structure(after, program, step.pass_name())
-    return after, journal
+@dataclass(frozen=True)
+class _Dropped:
+    """A rewrite that was rolled back, as the run in which it was found wrong had applied it."""
 
+    number: int
+    applied: list[Applied] = field(default_factory=list[Applied])
+    sentence: str = ""
 
-def verify_numbers(
-    step: Pass, before: Program, after: Program, journal: Journal, yardstick: Yardstick
-) -> Verdict:
-    """Hold a pass to its contract on the yardstick's probes."""
-    if step.contract.fidelity is Fidelity.LOSSY:
-        return _verify_budget(step, before, after, journal)
-    found = yardstick.compare(after, journal.final_pairs(), step.contract.growth)
-    if not found:
-        return Verdict()
-    worst = max(found, key=lambda d: d.outgoing - d.limit)
-    measure = "bit difference" if yardstick.exact else "relative error against float64"
-    measured = [Measured(measure, worst.incoming, worst.outgoing, worst.limit, worst.after)]
-    if not yardstick.exact:
-        wide = max(found, key=lambda d: d.wide)
-        measured.append(Measured("difference of float64 runs", 0.0, wide.wide, 1e-7, wide.after))
-    return Verdict(measured, next((d for d in found if d.broken), None))
+    @classmethod
+    def of(cls, number: int, attempt: Attempt) -> _Dropped:
+        records = attempt.journal.applied_records(attempt.after)
+        applied = [record for record in records if record.number == number]
+        return cls(number, applied, f"rolled back: {attempt.verdict.sentence()}")
 
-
-def _verify_budget(step: Pass, before: Program, after: Program, journal: Journal) -> Verdict:
-    """Each changed weight against its SQNR budget; outputs are allowed to change."""
-    least, where = float("inf"), ""
-    for _, name in journal.changed_weights:
-        ratio = sqnr(before.weights[name], after.weights[name])
-        if ratio < least:
-            least, where = ratio, name
-    if not where:
-        return Verdict()
-    budget = step.contract.min_sqnr
-    measured = [Measured("least weight SQNR (dB)", float("inf"), least, budget, where)]
-    return Verdict(measured, weight=where if least < budget else "")
-
-
-def find_culprit(
-    step: Pass,
-    before: Program,
-    yardstick: Yardstick,
-    journal: Journal,
-    verdict: Verdict,
-    skipped: set[int],
-) -> int | None:
-    """The number of the single rewrite that breaks the contract, by bisection over numbers.
-
-    None if the pass is broken without any rewrite.
-    """
-    if verdict.weight:
-        return next(n for n, name in journal.changed_weights if name == verdict.weight)
-
-    def broken(limit: int) -> bool:
-        after, partial = run_pass(step, before, limit=limit, skip=sorted(skipped))
-        return verify_numbers(step, before, after, partial, yardstick).broken is not None
-
-    if broken(0):
-        return None
-    good, bad = 0, journal.count
-    guess = verdict.broken.number if verdict.broken else 0
-    if guess and broken(guess):  # usually the first value that is off names the culprit
-        bad = guess
-        if not broken(guess - 1):
-            return guess
-    while bad - good > 1:
-        middle = (good + bad) // 2
-        good, bad = (good, middle) if broken(middle) else (middle, bad)
-    return bad
-
-
-def broken_error(step: Pass, after: Program, verdict: Verdict, journal: Journal) -> PassBroke:
-    """The error that names what a pass broke, and where."""
-    if verdict.weight:
-        m = verdict.measured[0]
-        return PassBroke(
-            f"{step.pass_name()} breaks its budget at the weight {verdict.weight}",
-            where=verdict.weight,
-            expected=f"at least {m.allowed:.1f} dB",
-            found=f"{m.after:.1f} dB",
-            fix="use more bits or smaller groups for this layer, or exclude it",
-        )
-    deviation = verdict.broken
-    assert deviation is not None
-    node = next(n for n in after.graph.nodes if n.name == deviation.after)
-    by = next((a for a in journal.applied_records(after) if a.number == deviation.number), None)
-    rewrite = f"rewrite {by.number} ({by.rule})" if by else "a value that no rewrite names"
-    return PassBroke(
-        f"{step.pass_name()} changed what the program computes, at {rewrite}:\n{excerpt(node)}",
-        where=deviation.module or "the root module",
-        expected=f"relative error at most {deviation.limit:.2g} (before: {deviation.incoming:.2g})"
-        + (", float64 runs equal to 1e-7" if deviation.limit != 0 else ", the same bits"),
-        found=f"{deviation.outgoing:.2g}, float64 runs differ by {deviation.wide:.2g}",
-        fix="run with on_break=rollback to go on without it, or correct the rule",
-    )
+    def declined(self) -> Declined:
+        if not self.applied:
+            return Declined("", f"rewrite {self.number}", "", self.sentence)
+        first = self.applied[0]
+        return Declined(first.rule, first.before, first.module, self.sentence)
 
 
 __all__ = ["LEVELS", "Pipeline", "find_culprit", "run_pass", "verify_numbers"]

@@ -1,0 +1,231 @@
+"""Run one pass and hold it to its contract."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ..ir.errors import PassBroke
+from ..ir.history import Measured
+from ..ir.numerics import sqnr
+from ..ir.program import Program
+from ..ir.rewrite import Journal
+from ..ir.verify import WIDE_LIMIT, Deviation, Yardstick, check_structure, unchanged_nodes
+from .contract import Context, Fidelity, Pass
+
+Progress = Callable[[int, int, str], None]
+
+
+def quiet(done: int, total: int, what: str) -> None:
+    """A progress callback that shows nothing."""
+
+
+@dataclass(frozen=True)
+class LostWeight:
+    """A weight whose approximation is below its budget; both in dB."""
+
+    number: int
+    name: str
+    sqnr: float
+    budget: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What verification found after one pass: what it measured, and the first thing wrong."""
+
+    measured: list[Measured] = field(default_factory=list[Measured])
+    broken: Deviation | None = None
+    lost: LostWeight | None = None
+    malformed: PassBroke | None = None
+
+    @property
+    def wrong(self) -> bool:
+        return self.broken is not None or self.lost is not None or self.malformed is not None
+
+    @property
+    def weight(self) -> str:
+        """The weight that broke a LOSSY budget, or ""."""
+        return self.lost.name if self.lost else ""
+
+    def sentence(self) -> str:
+        """What is wrong, in half a sentence."""
+        if self.malformed is not None:
+            return self.malformed.what.splitlines()[0]
+        if self.lost is not None:
+            return f"{self.lost.sqnr:.1f} dB, budget {self.lost.budget:.1f} dB"
+        d = self.broken
+        if d is None:
+            return "nothing is wrong"
+        if d.nans:
+            return f"{d.nans} NaNs that were not there"
+        if d.limit == 0:
+            return f"not the same bits (relative difference {d.outgoing:.2g})"
+        if d.wide > WIDE_LIMIT:
+            return f"float64 runs differ by {d.wide:.2g}, allowed {WIDE_LIMIT:.2g}"
+        return f"error {d.outgoing:.2g} against float64, allowed {d.limit:.2g}"
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One run of a pass, with some rewrites left out, and the verdict on it."""
+
+    after: Program
+    journal: Journal
+    verdict: Verdict
+
+
+def run_pass(
+    step: Pass,
+    program: Program,
+    calibration: list[list[Any]] | None = None,
+    limit: int | None = None,
+    skip: Iterable[int] = (),
+    progress: Progress = quiet,
+) -> tuple[Program, Journal]:
+    """Run one pass on a copy and check its structure; limit, skip: see `Journal`."""
+    after, journal = _edited(step, program, calibration, limit, skip, progress)
+    check_structure(after, program, step.pass_name())
+    return after, journal
+
+
+def _edited(
+    step: Pass,
+    program: Program,
+    calibration: list[list[Any]] | None,
+    limit: int | None,
+    skip: Iterable[int],
+    progress: Progress,
+) -> tuple[Program, Journal]:
+    after = program.copy()
+    journal = Journal(after, limit, skip)
+    step.run(after, Context(journal, calibration or [], progress))
+    return after, journal
+
+
+class Judge:
+    """One pass on one incoming program, tried with different rewrites left out.
+
+    The incoming program is measured once; each attempt runs only the outgoing one.
+    """
+
+    def __init__(
+        self,
+        step: Pass,
+        before: Program,
+        probes: Sequence[Sequence[Any]],
+        calibration: list[list[Any]] | None = None,
+        progress: Progress = quiet,
+    ) -> None:
+        self.step, self.before, self.calibration = step, before, calibration
+        self.progress = progress
+        self.yardstick = Yardstick(before, probes, step.contract.fidelity is Fidelity.EXACT)
+
+    def attempt(
+        self, limit: int | None = None, skip: Iterable[int] = (), numbers: bool = True
+    ) -> Attempt:
+        """Run the pass and judge what it left; a malformed program is a verdict, not an error."""
+        after, journal = _edited(
+            self.step, self.before, self.calibration, limit, skip, self.progress
+        )
+        try:
+            check_structure(after, self.before, self.step.pass_name())
+            verdict = Verdict()
+            if numbers:
+                verdict = verify_numbers(self.step, self.before, after, journal, self.yardstick)
+        except PassBroke as error:
+            verdict = Verdict(malformed=error)
+        return Attempt(after, journal, verdict)
+
+
+def verify_numbers(
+    step: Pass, before: Program, after: Program, journal: Journal, yardstick: Yardstick
+) -> Verdict:
+    """Hold a pass to its contract on the yardstick's probes.
+
+    EXACT and BOUNDED: at every touched value and at the outputs. LOSSY: each changed weight
+    against its SQNR budget, no NaN that was not there, and, where the pass touched no value, the
+    program with its old weights put back against the incoming one. Raises PassBroke if the
+    outgoing program does not run.
+    """
+    if step.contract.fidelity is Fidelity.LOSSY:
+        return _verify_budget(step, before, after, journal, yardstick)
+    found = yardstick.compare(after, journal.final_pairs(), step.contract.growth)
+    return Verdict(_measured(found, yardstick.exact), next((d for d in found if d.broken), None))
+
+
+def _measured(found: Sequence[Deviation], exact: bool) -> list[Measured]:
+    if not found:
+        return []
+    worst = max(found, key=lambda d: d.outgoing / d.limit if d.limit else d.outgoing)
+    measure = "bit difference" if exact else "relative error against float64"
+    measured = [Measured(measure, worst.incoming, worst.outgoing, worst.limit, worst.after)]
+    if not exact:
+        wide = max(found, key=lambda d: d.wide)
+        name = "difference of float64 runs"
+        measured.append(Measured(name, 0.0, wide.wide, WIDE_LIMIT, wide.after))
+    return measured
+
+
+def _verify_budget(
+    step: Pass, before: Program, after: Program, journal: Journal, yardstick: Yardstick
+) -> Verdict:
+    numbers = {name: number for number, name in reversed(journal.changed_weights)}
+    changed = [name for name in before.weights if _replaced(before, after, name)]
+    ratios = {name: _sqnr(before.weights[name], after.weights[name]) for name in changed}
+    budget, measured = step.contract.min_sqnr, list[Measured]()
+    if ratios:
+        least = min(ratios, key=lambda name: ratios[name])
+        what = "least weight SQNR (dB)"
+        measured.append(Measured(what, math.inf, ratios[least], budget, least))
+    lost = [LostWeight(numbers.get(n, 0), n, r, budget) for n, r in ratios.items() if r < budget]
+    if lost:
+        return Verdict(measured, lost=min(lost, key=lambda w: w.number))
+    outputs = yardstick.compare(after, [], math.inf, drift=False)
+    broken = next((d for d in outputs if d.broken), None) or _restored(
+        step, before, after, journal, yardstick, changed
+    )
+    worst = max((d.outgoing for d in outputs), default=0.0)
+    measured.append(Measured("relative change of the outputs", 0.0, worst, math.inf))
+    return Verdict(measured, broken)
+
+
+def _replaced(before: Program, after: Program, name: str) -> bool:
+    if name not in after.weights:
+        return False
+    old, new = before.weights.entry(name), after.weights.entry(name)
+    return old is not new and tuple(old.shape) == tuple(new.shape) and old.dtype.is_floating_point
+
+
+def _sqnr(reference: Tensor, value: Tensor) -> float:
+    ratio = sqnr(reference, value)
+    return -math.inf if math.isnan(ratio) else ratio
+
+
+def _restored(
+    step: Pass,
+    before: Program,
+    after: Program,
+    journal: Journal,
+    yardstick: Yardstick,
+    changed: list[str],
+) -> Deviation | None:
+    """What is off although only weights were meant to change, with the old weights put back."""
+    if journal.touched or len(unchanged_nodes(after, before)) == len(after.graph.nodes):
+        return None
+    if any(
+        node.op == "get_attr" and node.target not in before.weights for node in after.graph.nodes
+    ):
+        return None
+    back = after.copy()
+    for name in changed:
+        back.weights[name] = before.weights.entry(name)
+    found = yardstick.compare(back, [], step.contract.growth)
+    return next((d for d in found if d.broken), None)
+
+
+__all__ = ["Attempt", "Judge", "LostWeight", "Progress", "Verdict", "quiet", "run_pass"]
