@@ -8,20 +8,12 @@ from typing import Any
 import torch
 
 from ..ir.edit import value_of
+from ..ir.look_through import widened
 from ..ir.pattern import bound_arguments
 from ..ir.program import Node
 from .spelling import Outcome, Same, Spelled, arguments, calls, is_tensor, same_type
 
 aten = torch.ops.aten
-
-_WIDER: dict[torch.dtype, tuple[torch.dtype, ...]] = {
-    torch.float16: (torch.float32, torch.float64),
-    torch.bfloat16: (torch.float32, torch.float64),
-    torch.float32: (torch.float64,),
-    torch.int32: (torch.int64, torch.float64),
-}
-"""Dtypes that hold every value of another one."""
-
 
 def copy_of(node: Node) -> Outcome:
     """clone, alias, detach, lift_fresh_copy, contiguous: the value, in a functional program."""
@@ -38,11 +30,8 @@ def cast(node: Node) -> Outcome:
     source, value = arguments(node)[0], value_of(node)
     assert isinstance(source, Node)
     while calls(source, aten._to_copy.default):
-        inner = source.args[0]
-        assert isinstance(inner, Node)
-        before, between = value_of(inner), value_of(source)
-        lossless = before.dtype == torch.bool or between.dtype in _WIDER.get(before.dtype, ())
-        if not lossless or before.device != between.device:
+        inner = widened(source)
+        if inner is None:
             break
         source = inner
     was = value_of(source)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..ir.edit import shape
+from ..ir.edit import shape, value_of
 from ..ir.pattern import bound_arguments
 from ..ir.program import Node
 from .spelling import (
@@ -224,10 +224,14 @@ def copy(node: Node) -> Outcome:
 
 
 def cat(node: Node) -> Outcome:
-    parts = [value for value in arguments(node)[0] if is_tensor(value)]
-    if len(parts) == 1:
-        return Same(parts[0])
-    return Spelled(aten.cat.default, (parts, axis(bound_arguments(node)["dim"], rank(node))))
+    """A cat of one part is that part; empty parts add nothing."""
+    parts, dim = arguments(node)[0], axis(bound_arguments(node)["dim"], rank(node))
+    kept = [part for part in parts if rank(part) == rank(node) and shape(part)[dim] != 0]
+    if len(kept) == 1 and same_type(node, kept[0]):
+        return Same(kept[0])
+    if {value_of(part).dtype for part in kept} != {value_of(part).dtype for part in parts}:
+        kept = parts
+    return Spelled(aten.cat.default, (kept, dim))
 
 
 def size(node: Node) -> Outcome:
