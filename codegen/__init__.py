@@ -1,0 +1,1 @@
+"""Programs become artifacts: fast callables and files for other runtimes."""

@@ -1,0 +1,110 @@
+"""A graph's nodes become ONNX nodes, one by one; what has no translation is decomposed first."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._decomp import core_aten_decompositions
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
+
+from ..ir.interpret import is_assertion
+from ..ir.pattern import bound_arguments
+from ..ir.program import Node
+from .onnx_builder import Builder, Value
+from .onnx_call import Call, read, unsupported
+from .onnx_sizes import bind_symbols
+from .onnx_table import translation
+
+
+def live_nodes(graph: fx.Graph, results: Iterable[Any]) -> list[Node]:
+    """The computed nodes that the results need, in order; sizes are made where they are read."""
+    wanted: set[Node] = set()
+    pending = [value for value in results if isinstance(value, fx.Node)]
+    while pending:
+        node = pending.pop()
+        if node not in wanted and not _is_size(node):
+            wanted.add(node)
+            pending.extend(node.all_input_nodes)
+    calls = (node for node in graph.nodes if node.op == "call_function")
+    return [node for node in calls if node in wanted and not is_assertion(node)]
+
+
+def _is_size(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), (torch.SymInt, int))
+
+
+def translate_node(b: Builder, node: Node, depth: int = 0) -> None:
+    """Emit a node and note its value in `b.values`; raises UnsupportedByTarget."""
+    if node.target is operator.getitem:
+        b.values[node] = b.values[node.args[0]][node.args[1]]  # type: ignore[index]
+        return
+    found = translation(node)
+    result = found(Call(b, node, bound_arguments(node))) if found else None
+    if result is None:
+        result = _decomposed(b, node, depth)
+    b.values[node] = result
+    _describe(node, result, b)
+
+
+def _describe(node: Node, result: Any, b: Builder) -> None:
+    """Give the results the shapes that the capture knows, and remember where sizes can be read."""
+    values = result if isinstance(result, list) else [result]
+    metas = node.meta["val"] if isinstance(result, list) else [node.meta["val"]]
+    for value, meta in zip(values, metas, strict=False):
+        if isinstance(value, Value) and isinstance(meta, torch.Tensor):
+            bind_symbols(b, value, meta.shape)
+
+
+def _decomposed(b: Builder, node: Node, depth: int) -> Any:
+    """Trace the node's own definition on its fake values and translate what comes out."""
+    graph = _definition(node) if depth < 4 else None
+    if graph is None:
+        raise unsupported(node, "neither a translation nor a decomposition")
+    outer = [read for read in node.all_input_nodes if not _is_size(read)]
+    placeholders = [inner for inner in graph.nodes if inner.op == "placeholder"]
+    for inner, value in zip(placeholders, outer, strict=True):
+        inner.meta["val"] = value.meta["val"]
+        b.values[inner] = read(b, value)
+    output = next(inner for inner in graph.nodes if inner.op == "output")
+    results: Any = output.args[0]
+    for inner in live_nodes(graph, output.all_input_nodes):
+        inner.meta["module"] = node.meta.get("module", "")
+        translate_node(b, inner, depth + 1)
+    if isinstance(results, (list, tuple)):
+        return [b.values[value] if isinstance(value, fx.Node) else None for value in results]
+    return b.values[results]
+
+
+def _definition(node: Node) -> fx.Graph | None:
+    """The node in smaller operations, or None where it has none."""
+    target: Any = node.target
+    outer = [read for read in node.all_input_nodes if not _is_size(read)]
+    fakes = [read.meta["val"] for read in outer]
+
+    def call(*values: Any) -> Any:
+        given = dict(zip(outer, values, strict=True))
+
+        def argument(read: Node) -> Any:
+            return given[read] if read in given else read.meta["val"]
+
+        args = map_arg(node.args, argument)
+        return target(*args, **map_arg(node.kwargs, argument))
+
+    table = {op: rule for op, rule in core_aten_decompositions().items() if op is target}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        traced = make_fx(call, decomposition_table=table, _allow_non_fake_inputs=True)(*fakes)
+    calls = [inner for inner in traced.graph.nodes if inner.op == "call_function"]
+    if any(inner.target is target for inner in calls) or any(
+        inner.op == "get_attr" for inner in traced.graph.nodes
+    ):
+        return None
+    return traced.graph
+
+
