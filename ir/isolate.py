@@ -6,6 +6,7 @@ border of what differs. The pieces have the sizes of the recorded values, none i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.utils import _pytree as pytree
 from .edit import infer
 from .interpret import run
 from .program import Node, Program
+from .text import value_names
 from .verify import unchanged_nodes
 from .weights import Weights
 
@@ -71,6 +73,12 @@ def _may_border(node: Node, shared: set[str]) -> bool:
     return node.name in shared and isinstance(value, (Tensor, torch.SymInt, int))
 
 
+def input_names(program: Program, values: Sequence[str]) -> dict[str, str]:
+    """Readable names, fit for a graph's input, of some values."""
+    readable = {node.name: name for node, name in value_names(program.graph).items()}
+    return {name: re.sub(r"\W", "_", readable.get(name, name)) for name in values}
+
+
 def record(program: Program, names: Sequence[str], inputs: Sequence[Any]) -> dict[str, Any]:
     """The named values of a native run on flat inputs, each in memory of its own."""
     given = zip((node.name for node in program.inputs), inputs, strict=True)
@@ -84,11 +92,18 @@ def record(program: Program, names: Sequence[str], inputs: Sequence[Any]) -> dic
     return {name: found[name] for name in names}
 
 
-def cut(program: Program, value: str, values: Mapping[str, Any]) -> Program:
+def cut(
+    program: Program,
+    value: str,
+    values: Mapping[str, Any],
+    names: Mapping[str, str] | None = None,
+) -> Program:
     """The piece that computes `value` from recorded values, which are also its examples.
 
-    Tensors become inputs, numbers constants. The result has one output, the value itself.
+    Tensors become inputs, numbers constants. The result has one output, the value itself. names:
+    what to call an input, by the name of the value.
     """
+    names = names or {}
     start = next(node for node in program.graph.nodes if node.name == value)
     inside = _inside(program, value, set(values))
     graph = fx.Graph()
@@ -97,7 +112,8 @@ def cut(program: Program, value: str, values: Mapping[str, Any]) -> Program:
     by_name = {node.name: node for node in program.graph.nodes}
     inputs = {name: given for name, given in values.items() if isinstance(given, Tensor)}
     for name, given in inputs.items():
-        new = graph.create_node("placeholder", name, (), {}, name)
+        called = names.get(name, name)
+        new = graph.create_node("placeholder", called, (), {}, called)
         with mode:
             new.meta["val"] = torch.empty(given.shape, dtype=given.dtype, device=given.device)
         new.meta["module"] = by_name[name].meta.get("module", "") if name in by_name else ""
@@ -147,4 +163,4 @@ def _copy_inside(
     return weights
 
 
-__all__ = ["border", "cut", "record", "shared_values"]
+__all__ = ["border", "cut", "input_names", "record", "shared_values"]

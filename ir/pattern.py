@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
 from . import ops as _ops  # registers the planish namespace
@@ -21,7 +21,7 @@ from .errors import PatternError
 from .program import Node
 
 _COMMUTATIVE = {"aten::add", "aten::mul", "aten::logical_and", "aten::maximum", "aten::minimum"}
-_OVERLOADS = ("default", "Tensor", "Tensor_Scalar", "dim", "int", "Scalar")
+_OVERLOADS = ("default", "Tensor", "Tensor_Scalar", "dim", "int", "Scalar")  # tried in this order
 
 SEMANTIC_OPS = _ops.__name__
 
@@ -83,7 +83,7 @@ class OpPattern(Expression):
 
 
 class OpSpelling:
-    """`op.name` or `op.name.overload`: a pattern when given patterns, a new node when given nodes."""
+    """`op.name` or `op.name.overload`: a pattern if given patterns, a new node if given nodes."""
 
     def __init__(self, packet: Any, overload: str | None = None) -> None:
         self._packet, self._overload = packet, overload
@@ -98,14 +98,45 @@ class OpSpelling:
         map_aggregate((args, kwargs), leaves.append)
         if any(isinstance(leaf, Expression) for leaf in leaves):
             return OpPattern(self._packet, self._overload, args, kwargs)
-        return current_editor().emit(self.target, *args, **kwargs)
+        return current_editor().emit(self._target(args, kwargs), *args, **kwargs)
 
-    @property
-    def target(self) -> Any:
-        """The operator overload that is emitted."""
-        names = self._packet.overloads()
-        chosen = self._overload or next((name for name in _OVERLOADS if name in names), names[0])
-        return getattr(self._packet, chosen)
+    def _target(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The overload that is emitted: the named one, or the first that takes these arguments."""
+        known = self._packet.overloads()
+        if self._overload:
+            return getattr(self._packet, self._overload)
+        order = [name for name in _OVERLOADS if name in known]
+        order += [name for name in known if name not in order]
+        targets = [getattr(self._packet, name) for name in order]
+        return next((t for t in targets if _takes(t._schema, args, kwargs)), targets[0])
+
+
+def _takes(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an overload has a place of the right kind for every argument, and needs no other."""
+    places = {argument.name: argument for argument in schema.arguments}
+    positional = [argument for argument in schema.arguments if not argument.kwarg_only]
+    if schema.is_mutable or len(args) > len(positional) or not kwargs.keys() <= places.keys():
+        return False
+    given = dict(zip((argument.name for argument in positional), args, strict=False)) | kwargs
+    needed = {name for name, argument in places.items() if not argument.has_default_value()}
+    return needed <= given.keys() and all(
+        _fits(str(places[name].type), value, name == schema.arguments[0].name)
+        for name, value in given.items()
+    )
+
+
+def _fits(kind: str, value: Any, first: bool) -> bool:
+    """Whether a value can stand where a schema wants `kind`; a later number may be a tensor."""
+    if value is None:
+        return kind.startswith("Optional")
+    listed = "List[" in kind
+    if isinstance(value, (list, tuple)):
+        return listed
+    if isinstance(value, fx.Node):
+        held = value.meta.get("val")
+        wants_tensor = "Tensor" in kind and not listed
+        return wants_tensor if isinstance(held, Tensor) else "Tensor" not in kind
+    return not ("Tensor" in kind and first) and not listed
 
 
 class _Operators:
@@ -142,15 +173,20 @@ def _bind(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[st
 
 @dataclass
 class Attempt:
-    """Bookkeeping of one match: how far it came and what stopped it."""
+    """Bookkeeping of one match: how far it came and what stopped it.
+
+    depth: operations matched on the way that is being tried; deepest: on the best way so far, whose
+    reason is the one that is told.
+    """
 
     depth: int = 0
+    deepest: int = 0
     reason: str = ""
-    nodes: int = 0
+    _best: tuple[int, int] = (-1, -1)
 
-    def fail(self, reason: str, nodes: int) -> None:
-        if nodes >= self.nodes:
-            self.nodes, self.reason = nodes, reason
+    def fail(self, reason: str, bound: int) -> None:
+        if (self.depth, bound) > self._best:
+            self._best, self.reason = (self.depth, bound), reason
 
 
 Bindings = dict[str, Any]
@@ -176,7 +212,9 @@ def _match_wild(wild: Wild, value: Any, bindings: Bindings, attempt: Attempt) ->
             yield bindings
         else:
             was = _told(bindings[wild.name])
-            attempt.fail(f"{wild.name} is {was} in one place, {_told(value)} in another", 2)
+            attempt.fail(
+                f"{wild.name} is {was} in one place, {_told(value)} in another", len(bindings)
+            )
     elif wild.accepts(value):
         yield {**bindings, wild.name: value}
     else:
@@ -191,10 +229,13 @@ def _match_op(
     if packet is not pattern.packet or (
         pattern.overload and getattr(target, "_overloadname", "") != pattern.overload
     ):
-        attempt.fail(f"expected {pattern.name.split('::')[1]}, found {_told(value)}", attempt.depth)
+        attempt.fail(f"expected {pattern.name.split('::')[1]}, found {_told(value)}", len(bindings))
         return
     attempt.depth += 1
+    attempt.deepest = max(attempt.deepest, attempt.depth)
+    reached = attempt.depth
     for wanted, given in _argument_pairs(pattern, value):
+        attempt.depth = reached
         yield from _match_sequence(wanted, given, bindings, attempt)
 
 

@@ -206,7 +206,7 @@ class Rewrite(Rule):
                 return Match(node, bindings)
         if reason:
             return Decline(reason)
-        return Decline(attempt.reason) if attempt.depth > 1 else None
+        return Decline(attempt.reason) if attempt.deepest > 1 else None
 
     def _objection(self, bindings: dict[str, Any]) -> str:
         for condition in self.conditions:

@@ -40,8 +40,7 @@ def bisect(
     place = search.first_wrong()
     if place is None:
         return None
-    judge = search.judge(place)
-    full = judge.attempt()
+    judge, full = search.judged(place)
     number = find_rewrite(judge, full)
     return accuse(judge, full, number, (), (place + 1, len(passes)), folder)
 
@@ -144,13 +143,18 @@ class _PassSearch:
         self.program, self.passes, self.probes = program, passes, probes
         self.calibration, self.progress = calibration, progress
         self.prefixes = [_Prefix(program, 0, {})]
-        self._judged: dict[int, bool] = {}
+        self._right: set[int] = set()
+        self._wrong: dict[int, tuple[Judge, Attempt]] = {}
         self._yardsticks: dict[tuple[int, bool], Yardstick] = {}
 
-    def judge(self, place: int) -> Judge:
-        """The judge of the pass at a place, on the program it was given."""
-        before = self.prefixes[place].program
-        return Judge(self.passes[place], before, self.probes, self.calibration)
+    def judged(self, place: int) -> tuple[Judge, Attempt]:
+        """The judge of the pass at a place, and the pass's run in full."""
+        if place in self._wrong:
+            return self._wrong[place]
+        judge = Judge(
+            self.passes[place], self.prefixes[place].program, self.probes, self.calibration
+        )
+        return judge, judge.attempt()
 
     def first_wrong(self) -> int | None:
         """The place of the first pass that breaks its contract."""
@@ -228,10 +232,16 @@ class _PassSearch:
 
     def _own_wrong(self, place: int) -> bool:
         """Whether the pass breaks its own contract."""
-        if place not in self._judged:
+        if place in self._right:
+            return False
+        if place not in self._wrong:
             self.progress(place, len(self.passes), f"verify {self.passes[place].pass_name()}")
-            self._judged[place] = self.judge(place).attempt().verdict.wrong
-        return self._judged[place]
+            judge, attempt = self.judged(place)
+            if not attempt.verdict.wrong:
+                self._right.add(place)
+                return False
+            self._wrong[place] = judge, attempt
+        return True
 
     def _hidden_places(self) -> list[int]:
         return [place for place, after in enumerate(self.prefixes[1:]) if after.hidden]

@@ -82,7 +82,7 @@ class Culprit:
         rows = [
             ("value", f"{value} : {self.tensor}" if self.after else ""),
             ("module", (self.module or "the root module") if self.after else ""),
-            ("source", " ".join(self.source.split()) if self.source else ""),
+            ("source", _source_text(self.source)),
             ("error", self.numbers()),
         ]
         lines += [f"  {label:<8}{text}" for label, text in rows if text]
@@ -118,6 +118,15 @@ class Culprit:
 
     def to_json(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+def _source_text(source: str) -> str:
+    """model.py:41: the code, from the form that Python prints in a traceback."""
+    head, _, code = source.partition("\n")
+    parts = head.replace('File "', "").replace('"', "").split(", ")
+    if len(parts) < 2:
+        return source.strip()
+    return f"{parts[0]}:{parts[1].removeprefix('line ')}: {code.strip()}"
 
 
 __all__ = ["Culprit"]

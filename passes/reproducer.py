@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..ir.errors import CorruptFile, OutputExists, SourceNotFound
 from ..ir.graph_json import source_line
-from ..ir.isolate import border, cut, record, shared_values
+from ..ir.isolate import border, cut, input_names, record, shared_values
 from ..ir.numerics import sqnr
 from ..ir.program import Node, Program
 from ..ir.program_folder import load_program, save_program
@@ -106,7 +106,8 @@ def _isolate(fault: Fault, pair: Deviation) -> tuple[tuple[Program, Program], De
         names = list(dict.fromkeys([*border(good, pair.before, common)]))
         names += [n for n in border(bad, pair.after, common) if n not in names]
         values = record(good, names, inputs)
-        pieces = cut(good, pair.before, values), cut(bad, pair.after, values)
+        called = input_names(good, names)
+        pieces = cut(good, pair.before, values, called), cut(bad, pair.after, values, called)
         deviation = _deviation(*pieces, contract)
         if deviation.broken:
             return pieces, deviation
@@ -152,7 +153,7 @@ def _type(value: Any) -> str:
 
 def _text(program: Program) -> str:
     names = value_names(program.graph)
-    lines = [node_text(node, names) for node in program.graph.nodes if node.op != "placeholder"]
+    lines = [node_text(n, names) for n in program.graph.nodes if n.op == "call_function"]
     if len(lines) > _LINES:
         lines = [f"... {len(lines) - _LINES} earlier values ...", *lines[-_LINES:]]
     return "\n".join(lines)
