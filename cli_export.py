@@ -11,8 +11,9 @@ from typing import Any
 
 from .api import Optimized, optimize, trace
 from .cli_lists import describe_contract
-from .cli_order import PROFILES, Order, check_order, read_calibration
+from .cli_order import Order, check_order, read_calibration
 from .cli_print import err, megabytes, progress_bar, show, table
+from .codegen.target import find_target
 from .ir.errors import WrongOption
 from .ir.program import Program
 from .passes.contract import Pass
@@ -27,6 +28,7 @@ def plan_export(order: Order) -> dict[str, Any]:
     calibrated = order.calibration is not None
     Pipeline(steps, verify=order.verify).check_order(program.facts, calibrated)
     sizes = expected_sizes(program, steps)
+    profile = find_target(order.target).checked_profile(order.profile)
     rows = [
         [
             str(number),
@@ -41,13 +43,13 @@ def plan_export(order: Order) -> dict[str, Any]:
         f"{program.parameter_count():,} parameters; weights {megabytes(sizes['before'])} now, "
         f"about {megabytes(sizes['after'])} after\n"
         f"would write {order.out or 'nothing (no --out)'} for {order.target}, "
-        f"profile {order.profile or (PROFILES[order.target] or ('none',))[0]}; nothing was written"
+        f"profile {profile}; nothing was written"
     )
     return {
         "dry_run": True,
         "recipe": recipe.name,
         "target": order.target,
-        "profile": order.profile,
+        "profile": profile,
         "passes": [
             {
                 "name": step.pass_name(),

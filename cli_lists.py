@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import textwrap
 from typing import Any
 
-from .cli_print import show, table
-from .ir.errors import PlanishError
+from .cli_print import show
 from .passes.catalog import passes
 from .passes.contract import Contract, Pass
 from .recipes import recipes
@@ -16,17 +16,13 @@ from .recipes import recipes
 def list_passes() -> list[dict[str, Any]]:
     """Print every pass with its options, contract and first docstring line; the same as data."""
     described = [describe_pass(name, cls) for name, cls in sorted(passes().items())]
-    rows = [
-        [
-            entry["name"],
-            entry["contract"]["fidelity"],
-            entry["summary"],
-            "\n".join(f"{o['name']}: {o['type']} = {o['default']}" for o in entry["options"]),
-            contract_line(entry["contract"]),
-        ]
-        for entry in described
-    ]
-    show(table(["pass", "fidelity", "what it does", "options", "facts"], rows))
+    for entry in described:
+        show(f"{entry['name']} ({entry['contract']['fidelity']}): {entry['summary']}")
+        for option in entry["options"]:
+            show(f"    {option['name']}: {option['type']} = {option['default']!r}")
+        facts = contract_line(entry["contract"])
+        if facts:
+            show(f"    {facts}")
     return described
 
 
@@ -75,7 +71,7 @@ def contract_line(contract: dict[str, Any]) -> str:
         for name in ("requires", "ensures", "breaks", "needs")
         if contract[name]
     ]
-    return "\n".join(parts)
+    return "; ".join(parts)
 
 
 def first_line(cls: type[Pass]) -> str:
@@ -90,15 +86,11 @@ def first_line(cls: type[Pass]) -> str:
 def list_recipes() -> list[dict[str, Any]]:
     """Print every recipe with its passes; the same as data."""
     described: list[dict[str, Any]] = []
-    rows: list[list[str]] = []
     for recipe in recipes().values():
-        try:
-            spelled, missing = [step.spelling() for step in recipe.passes()], ""
-        except PlanishError as error:  # a recipe may name a pass of a distribution not installed
-            spelled, missing = [step.name for step in recipe.steps], f"\nunusable: {error.what}"
+        spelled = [step.spelling() for step in recipe.passes()]
         described.append(
             {"name": recipe.name, "description": recipe.description, "passes": spelled}
         )
-        rows.append([recipe.name, recipe.description + missing, ", ".join(spelled)])
-    show(table(["recipe", "what it is for", "passes"], rows))
+        show(f"{recipe.name}: {recipe.description}")
+        show(textwrap.fill(", ".join(spelled), 96, initial_indent="    ", subsequent_indent="    "))
     return described

@@ -9,20 +9,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .ir.errors import (
-    OutputExists,
-    OutputNotWritable,
-    SourceNotFound,
-    UnknownTarget,
-    WrongInput,
-    WrongOption,
-)
+from .codegen.bundle import check_output
+from .codegen.target import find_target
+from .ir.errors import OutputNotWritable, SourceNotFound, WrongInput, WrongOption
 from .ir.read_safetensors import read_safetensors
 from .passes.contract import Pass
 from .passes.pipeline import Pipeline
 from .recipes import Recipe, find_recipe
-
-PROFILES = {"onnx": ("ort", "standard"), "torch": ()}
 
 
 @dataclass(frozen=True)
@@ -61,17 +54,7 @@ def check_order(order: Order) -> tuple[Recipe, list[Pass]]:
     recipe = find_recipe(order.recipe)
     steps = recipe.passes(order.options)
     Pipeline(steps, verify=order.verify)
-    if order.target not in PROFILES:
-        raise UnknownTarget.named(order.target, PROFILES)
-    known = PROFILES[order.target]
-    if order.profile is not None and order.profile not in known:
-        raise WrongOption(
-            f"target {order.target} has no profile {order.profile!r}",
-            where="--profile",
-            expected=" or ".join(known) or "no profile",
-            found=order.profile,
-            fix=f"use --profile {known[0]}" if known else "leave --profile out",
-        )
+    find_target(order.target).checked_profile(order.profile)
     if order.out is not None:
         check_folder(order.out, order.force)
     for file in (order.source, order.calibration):
@@ -84,18 +67,7 @@ def check_order(order: Order) -> tuple[Recipe, list[Pass]]:
 
 def check_folder(folder: Path, force: bool) -> None:
     """Refuse a folder that exists or cannot be made; raises OutputExists, OutputNotWritable."""
-    if folder.exists() and not force:
-        raise OutputExists(
-            f"the output folder {folder} exists",
-            where=str(folder),
-            expected="a path where nothing is",
-            found="a folder" if folder.is_dir() else "a file",
-            fix="name another one, or add --force to replace it",
-        )
-    if folder.exists() and not folder.is_dir():
-        raise OutputNotWritable(
-            f"{folder} is a file", expected="a folder to replace", fix="name another path"
-        )
+    check_output(folder.absolute(), force)
     above = next(p for p in folder.absolute().parents if p.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise OutputNotWritable(

@@ -1,0 +1,138 @@
+"""What the demo measures: perplexity, divergence, throughput, latency, similarity."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from .demo_models import Forward
+
+SLICE, SLICES = 512, 2
+PREFIX, DECODED = 128, 6
+ROUNDS = 3
+SENTENCE = 128
+_BLOCK = 64
+
+
+@dataclass
+class Row:
+    """One line of the tables. Sizes are in bytes, speeds in tokens a second, times in seconds."""
+
+    name: str
+    forward: Forward
+    size: int
+    seconds: float | None = None
+    peak_memory: int | None = None
+    timings: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
+    values: dict[str, float] = field(default_factory=dict[str, float])
+
+    def timed(self, what: str, call: Callable[[], object]) -> None:
+        begun = time.perf_counter()
+        call()
+        self.timings.setdefault(what, []).append(time.perf_counter() - begun)
+
+    def seconds_of(self, what: str) -> float:
+        """The median of the rounds."""
+        return median(self.timings[what])
+
+
+Step = tuple[int, int, str]
+
+
+def measure_language(rows: list[Row], ids: Tensor) -> Iterator[Step]:
+    """Fill the rows of a language model; the first one is the original. Yields progress.
+
+    ids: int64[tokens] of the fixed text. Rounds are interleaved, so that a busy moment of the
+    machine falls on all rows alike.
+    """
+    slices = [ids[None, i * SLICE : (i + 1) * SLICE] for i in range(SLICES)]
+    steps = len(rows) * (SLICES + ROUNDS)
+    done = 0
+    for part in slices:
+        reference: Tensor | None = None
+        for row in rows:
+            yield done, steps, f"text: {row.name}"
+            logits = row.forward(part, torch.ones_like(part))[0]
+            reference = logits if reference is None else reference
+            loss, divergence = compare_logits(reference, logits, part[0])
+            for key, value in (("loss", loss), ("kl", divergence)):
+                row.values[key] = row.values.get(key, 0.0) + value / SLICES
+            done += 1
+    for row in rows:
+        row.values["perplexity"] = math.exp(row.values["loss"])
+    for _ in range(ROUNDS):
+        for row in rows:
+            yield done, steps, f"speed: {row.name}"
+            row.timed("prefill", lambda row=row: _forward(row, slices[0]))
+            row.timed("decode", lambda row=row: decode_without_cache(row.forward, slices[0]))
+            done += 1
+    for row in rows:
+        row.values["prefill"] = SLICE / row.seconds_of("prefill")
+        row.values["decode"] = DECODED / row.seconds_of("decode")
+    yield done, steps, "done"
+
+
+def _forward(row: Row, ids: Tensor) -> Tensor:
+    return row.forward(ids, torch.ones_like(ids))
+
+
+def decode_without_cache(forward: Forward, ids: Tensor) -> Tensor:
+    """Greedy decoding of DECODED tokens after PREFIX ones, a full forward for each."""
+    text = ids[:, :PREFIX]
+    for _ in range(DECODED):
+        following = forward(text, torch.ones_like(text))[:, -1].argmax(-1, keepdim=True)
+        text = torch.cat([text, following], dim=1)
+    return text
+
+
+def compare_logits(reference: Tensor, found: Tensor, ids: Tensor) -> tuple[float, float]:
+    """Mean loss of the next token (nats) and mean KL(reference || found), in float64.
+
+    reference, found: f32[length, vocabulary]; ids: int64[length].
+    """
+    loss = divergence = 0.0
+    for start in range(0, len(ids), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        expected = reference[block].double().log_softmax(-1)
+        have = found[block].double().log_softmax(-1)
+        divergence += float((expected.exp() * (expected - have)).sum())
+        following = ids[start + 1 : start + 1 + _BLOCK]
+        loss -= float(have[: len(following)].gather(-1, following[:, None]).sum())
+    return loss / (len(ids) - 1), divergence / len(ids)
+
+
+def measure_encoder(rows: list[Row], ids: Tensor, mask: Tensor) -> Iterator[Step]:
+    """Fill the rows of an encoder; the first one is the original. Yields progress.
+
+    ids, mask: int64[sentences, length].
+    """
+    steps = len(rows) * (1 + 4 * ROUNDS)
+    done = 0
+    reference: Tensor | None = None
+    for row in rows:
+        yield done, steps, f"sentences: {row.name}"
+        found = mean_pooled(row.forward(ids, mask), mask)
+        reference = found if reference is None else reference
+        row.values["cosine"] = float(torch.cosine_similarity(reference, found, dim=-1).min())
+        done += 1
+    long = ids.reshape(1, -1)[:, :SENTENCE]
+    for _ in range(4 * ROUNDS):
+        for row in rows:
+            yield done, steps, f"speed: {row.name}"
+            row.timed("latency", lambda row=row: _forward(row, long))
+            done += 1
+    for row in rows:
+        row.values["latency"] = row.seconds_of("latency")
+    yield done, steps, "done"
+
+
+def mean_pooled(hidden: Tensor, mask: Tensor) -> Tensor:
+    """The mean of the tokens that are not padding: [batch, length, width] to [batch, width]."""
+    weight = mask[..., None].to(hidden.dtype)
+    return (hidden * weight).sum(1) / weight.sum(1)
