@@ -116,13 +116,28 @@ class Editor:
 
 
 def is_pure(node: Node) -> bool:
-    """Whether the node only computes a value (assertions and random numbers do more)."""
+    """Whether the node only computes a value (assertions and random numbers do more).
+
+    Operators that could draw random numbers for dropout are pure when told to drop nothing.
+    """
     target: Any = node.target
     if isinstance(target, torch._ops.OpOverload):
         if target._schema.is_mutable or "assert" in target._schema.name:
             return False
-        return torch.Tag.nondeterministic_seeded not in target.tags
+        return torch.Tag.nondeterministic_seeded not in target.tags or _drops_nothing(node)
     return True
+
+
+def _drops_nothing(node: Node) -> bool:
+    target: Any = node.target
+    for place, argument in enumerate(target._schema.arguments):
+        given = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
+        value = argument.default_value if given is None else given
+        if argument.name == "train" and value is False:
+            return True
+        if argument.name in ("dropout_p", "p"):
+            return value == 0
+    return False
 
 
 def infer(node: Node, mode: FakeTensorMode) -> Any:
