@@ -51,7 +51,6 @@ class Editor:
         self.graph = program.graph
         self.mode = fake_mode(program.graph)
         self.module = ""
-        self._last_weight: Node | None = None
 
     @contextlib.contextmanager
     def at(self, node: Node, module: str | None = None) -> Generator[Editor]:
@@ -136,7 +135,7 @@ def _drops_nothing(node: Node) -> bool:
         if argument.name == "train" and value is False:
             return True
         if argument.name in ("dropout_p", "p"):
-            return value == 0
+            return bool(value == 0)
     return False
 
 
