@@ -175,6 +175,8 @@ def _add_node(
         node = graph.create_node("placeholder", name, (), {}, name)
         node.meta["val"] = _input_value(entry["value"], sizes, values.mode, nodes, where)
     elif kind == "get_attr":
+        if entry["target"] not in weights:
+            raise ValueError(f"there is no weight {entry['target']!r}")
         node = graph.create_node("get_attr", weights.canonical(entry["target"]), (), {}, name)
         stored = weights.entry(entry["target"])
         node.meta["val"] = values.weight(torch.Size(stored.shape), stored.dtype)

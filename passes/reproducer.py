@@ -87,12 +87,16 @@ def describe(fault: Fault) -> tuple[Culprit, Pieces]:
 
 def _pair(fault: Fault) -> Deviation | None:
     """The value to show: the rewrite's own if it is off, else the first one that is."""
+    broken = fault.bad.verdict.broken
+    names = {node.name for node in fault.good.graph.nodes}
+    if broken is not None and broken.number == fault.number > 0 and broken.before in names:
+        return broken
     exact = fault.judge.yardstick.exact
     yard = Yardstick(fault.good, fault.judge.yardstick.probes, exact)
     pairs = [p for p in fault.bad.journal.final_pairs() if p[0] == fault.number]
     growth = fault.judge.step.contract.growth
     found = yard.compare(fault.bad.after, pairs, growth)
-    off = [d for d in found if d.broken] or found or [fault.bad.verdict.broken]
+    off = [d for d in found if d.broken] or found or [broken]
     return off[0] if off else None
 
 
@@ -247,7 +251,7 @@ def _read_fault(folder: Path) -> tuple[Culprit, float, bool]:
         culprit.headline()
         Fidelity(culprit.fidelity)
         return culprit, float(from_json(form["growth"], {}, str(file))), bool(form["pieces"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, CorruptFile) as error:
         raise CorruptFile(
             f"{FAULT} is damaged",
             where=str(file),
