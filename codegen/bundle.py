@@ -35,7 +35,7 @@ def write_bundle(
     made = _make_parents(folder)
     aside: Path | None = None
     try:
-        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+        aside = _beside(folder, ".partial")
         told = write(aside)
         manifest = json.dumps({**told, "files": _files(aside)}, indent=2, default=str)
         (aside / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
@@ -110,7 +110,7 @@ def _put_in_place(aside: Path, folder: Path, force: bool) -> None:
         aside.rename(folder)
         return
     check_output(folder, force)  # it may have appeared meanwhile
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".old", dir=folder.parent))
+    old = _beside(folder, ".old")
     kept = old / folder.name
     folder.rename(kept)
     try:
@@ -120,6 +120,11 @@ def _put_in_place(aside: Path, folder: Path, force: bool) -> None:
         old.rmdir()
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(folder: Path, suffix: str) -> Path:
+    """A new hidden folder on the same file system, so that a rename is all it takes."""
+    return Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=suffix, dir=folder.parent))
 
 
 def _umask() -> int:

@@ -112,9 +112,7 @@ def _axis_name(source: str, axis: int, taken: set[str]) -> str:
     return f"{source}_{short}" if short in taken or axis > 1 else short
 
 
-def _outputs(
-    b: Builder, inputs: list[Value], symbols: dict[sympy.Symbol, str]
-) -> list[Value]:
+def _outputs(b: Builder, inputs: list[Value], symbols: dict[sympy.Symbol, str]) -> list[Value]:
     """The results under the names by which the model's output knows them."""
     found: list[Value] = []
     used: set[Value] = set(inputs) | set(b.initializers.values())
@@ -139,7 +137,8 @@ def output_names(program: Program) -> list[str]:
     tree = pytree.tree_unflatten(list(range(count)), program.out_spec)
     paths, _ = pytree.tree_flatten_with_path(tree)
     names = ["_".join(_key_text(key) for key in path) for path, _ in paths]
-    return [name or "output" if count == 1 else name or f"output_{i}" for i, name in enumerate(names)]
+    lone = "output" if count == 1 else ""
+    return [name or lone or f"output_{place}" for place, name in enumerate(names)]
 
 
 def _key_text(key: Any) -> str:

@@ -95,7 +95,6 @@ def _visible(call: Call, queries: Size, keys: Size, causal: bool, window: int) -
     return b.once(("visible", queries, keys, causal, window), make)
 
 
-
 def _joined(call: Call, mask: Value | None, seen: Value) -> Value:
     if mask is None:
         return seen

@@ -88,7 +88,9 @@ class Builder:
         first = next((value for value in inputs if value is not None), None)
         for place, (output, dtype) in enumerate(zip(node.outputs, dtypes, strict=True)):
             output.name = name if place == 0 else f"{name}:{place}"
-            output.dtype = dtype if dtype is not None or first is None else first.dtype
+            known = dtype or (first.dtype if first is not None else None)
+            if known is not None:
+                output.dtype = known
         return list(node.outputs)
 
     def unique(self, name: str) -> str:

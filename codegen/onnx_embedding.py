@@ -116,4 +116,3 @@ def _from_codes(
         is_table = zero.const_value is None
         steps = b.op("Sub", steps, per_channel(zero) if is_table else b.cast(zero, kind))
     return b.op("Mul", steps, per_channel(scale))
-

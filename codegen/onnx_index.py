@@ -40,10 +40,10 @@ def _index(call: Call) -> Value:
     adjacent = axes == list(range(axes[0], axes[-1] + 1))
     if not adjacent or axes[0] == 0:
         return found
-    count = len(call.shape) - len(rest)
-    front = axes[0]
-    places = list(range(count, count + front)), list(range(count))
-    return transpose(call.b, found, [*places[0], *places[1], *range(count + front, len(call.shape))])
+    # The index's axes come first; they belong where the first indexed axis was.
+    count, front, end = len(call.shape) - len(rest), axes[0], len(call.shape)
+    moved = range(count, count + front)
+    return transpose(call.b, found, [*moved, *range(count), *range(count + front, end)])
 
 
 def _stacked(call: Call, nodes: list[Any]) -> Value:

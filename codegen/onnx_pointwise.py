@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import onnx_ir as oir
-import torch
-from torch import fx
 
-from .onnx_builder import BOOL, Value, onnx_dtype
+from .onnx_builder import BOOL, Value
 from .onnx_call import Call, Table, Translation
 
 _INT32 = oir.DataType.INT32
@@ -22,15 +19,6 @@ def _unary(op_type: str) -> Translation:
     def translate(call: Call) -> Value:
         (name,) = (n for n in ("self", "x", "input") if n in call.args)
         return call.op(op_type, call.value(name, call.dtype))
-
-    return translate
-
-
-def _test(op_type: str) -> Translation:
-    """An op of one tensor with a boolean result."""
-
-    def translate(call: Call) -> Value:
-        return call.op(op_type, call.value("self"), dtype=BOOL)
 
     return translate
 
@@ -66,46 +54,6 @@ def _rsub(call: Call) -> Value:
     if alpha != 1:
         left = call.op("Mul", left, call.number(alpha))
     return call.op("Sub", _other(call), left)
-
-
-def _comparison(op_type: str, negate: bool = False) -> Translation:
-    def translate(call: Call) -> Value:
-        common = onnx_dtype(_common_dtype(call["self"], call["other"]))
-        if common == BOOL and op_type != "Equal":
-            common = _INT32
-        left, right = call.value("self", common), call.value("other", common)
-        found = call.op(op_type, left, right, dtype=BOOL)
-        return call.op("Not", found) if negate else found
-
-    return translate
-
-
-def _common_dtype(left: Any, right: Any) -> torch.dtype:
-    values = [v.meta["val"] if isinstance(v, fx.Node) else v for v in (left, right)]
-    return torch.result_type(*values)
-
-
-def _bitwise(logical: str, bitwise: str) -> Translation:
-    def translate(call: Call) -> Value:
-        op_type = logical if call.dtype == BOOL else bitwise
-        return call.op(op_type, call.value("self", call.dtype), _other(call))
-
-    return translate
-
-
-def _logical(op_type: str) -> Translation:
-    def translate(call: Call) -> Value:
-        return call.op(op_type, call.value("self", BOOL), call.value("other", BOOL))
-
-    return translate
-
-
-def _not(call: Call) -> Value:
-    return call.op("Not", call.value("self", BOOL))
-
-
-def _bitwise_not(call: Call) -> Value:
-    return call.op("Not" if call.dtype == BOOL else "BitwiseNot", call.value("self"))
 
 
 def _div(call: Call) -> Value:
@@ -167,55 +115,6 @@ def _expm1(call: Call) -> Value:
     return call.op("Sub", call.op("Exp", call.value("self", call.dtype)), call.number(1))
 
 
-def _softplus(call: Call) -> Value:
-    x, beta = call.value("self"), call["beta"]
-    grown = x if beta == 1 else call.op("Mul", x, call.number(beta))
-    soft = call.op("Softplus", grown)
-    soft = soft if beta == 1 else call.op("Div", soft, call.number(beta))
-    linear = call.op("Greater", grown, call.number(call["threshold"]), dtype=BOOL)
-    return call.op("Where", linear, x, soft, dtype=call.dtype)
-
-
-def activate(call: Call, x: Value, activation: str) -> Value:
-    """The activation functions of gated MLPs (see planish::gated)."""
-    match activation:
-        case "silu":
-            return call.op("Mul", x, call.op("Sigmoid", x))
-        case "gelu":
-            return call.op("Gelu", x)
-        case "gelu_tanh":
-            return call.op("Gelu", x, approximate="tanh")
-        case "quick_gelu":
-            grown = call.op("Mul", x, call.b.constant(1.702, x.dtype))
-            return call.op("Mul", x, call.op("Sigmoid", grown))
-        case "relu":
-            return call.op("Relu", x)
-        case "sigmoid":
-            return call.op("Sigmoid", x)
-        case _:
-            raise call.refuse(f"the activation {activation!r}")
-
-
-def _gelu(call: Call) -> Value:
-    kind = "gelu_tanh" if call["approximate"] == "tanh" else "gelu"
-    return activate(call, call.value("self"), kind)
-
-
-def _gated(call: Call) -> Value:
-    up = call.value("up")
-    return call.op("Mul", activate(call, call.value("gate"), call["activation"]), up)
-
-
-def _leaky_relu(call: Call) -> Value:
-    return call.op("LeakyRelu", call.value("self"), alpha=float(call["negative_slope"]))
-
-
-def _elu(call: Call) -> Value:
-    if call["scale"] != 1 or call["input_scale"] != 1:
-        raise call.refuse("elu with scales")
-    return call.op("Elu", call.value("self"), alpha=float(call["alpha"]))
-
-
 def _where(call: Call) -> Value:
     left, right = call.value("self", call.dtype), call.value("other", call.dtype)
     return call.op("Where", call.value("condition", BOOL), left, right, dtype=call.dtype)
@@ -260,14 +159,6 @@ _UNARY = {
     **{name: name.capitalize() for name in ("ceil", "round", "sign", "reciprocal", "sinh")},
     **{name: name.capitalize() for name in ("cosh", "asin", "acos", "atan", "mish")},
 }
-_COMPARISONS = {
-    "eq": _comparison("Equal"),
-    "ne": _comparison("Equal", negate=True),
-    "lt": _comparison("Less"),
-    "le": _comparison("LessOrEqual"),
-    "gt": _comparison("Greater"),
-    "ge": _comparison("GreaterOrEqual"),
-}
 _ARITHMETIC: Table = {
     "add": _scaled("Add", of_bool="Or"),
     "sub": _scaled("Sub"),
@@ -283,31 +174,11 @@ _ARITHMETIC: Table = {
     "min.other": _binary("Min", of_bool="And"),
     "pow": _pow,
 }
-_LOGIC: Table = {
-    "logical_and": _logical("And"),
-    "logical_or": _logical("Or"),
-    "logical_xor": _logical("Xor"),
-    "logical_not": _not,
-    "bitwise_and": _bitwise("And", "BitwiseAnd"),
-    "bitwise_or": _bitwise("Or", "BitwiseOr"),
-    "bitwise_xor": _bitwise("Xor", "BitwiseXor"),
-    "__and__": _bitwise("And", "BitwiseAnd"),
-    "__or__": _bitwise("Or", "BitwiseOr"),
-    "__xor__": _bitwise("Xor", "BitwiseXor"),
-    "bitwise_not": _bitwise_not,
-    "isnan": _test("IsNaN"),
-    "isinf": _test("IsInf"),
-}
 _OTHERS: Table = {
     "rsqrt": _rsqrt,
     "square": _square,
     "log1p": _log1p,
     "expm1": _expm1,
-    "softplus": _softplus,
-    "silu": lambda call: activate(call, call.value("self"), "silu"),
-    "gelu": _gelu,
-    "leaky_relu": _leaky_relu,
-    "elu": _elu,
     "where": _where,
     "masked_fill": _masked_fill,
     "clamp": _clamp,
@@ -322,14 +193,10 @@ _NO_OPS = ("clone", "alias", "contiguous", "detach", "lift_fresh", "lift_fresh_c
 
 _ATEN: Table = {
     **{name: _unary(op_type) for name, op_type in _UNARY.items()},
-    **_COMPARISONS,
     **_ARITHMETIC,
-    **_LOGIC,
     **_OTHERS,
 }
 TABLE: Table = {
     **{f"aten.{name}": translation for name, translation in _ATEN.items()},
     **{f"aten.{name}": lambda call: call.value(next(iter(call.args))) for name in _NO_OPS},
-    "planish.quick_gelu": lambda call: activate(call, call.value("x"), "quick_gelu"),
-    "planish.gated": _gated,
 }

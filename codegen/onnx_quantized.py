@@ -9,6 +9,8 @@ activations to 8 bits, which is its default for the two-axis form.
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnx_ir as oir
 
 from ..ir.encoded import Encoded
@@ -36,9 +38,7 @@ def kernel_bits(b: Builder, encoded: Encoded) -> int | None:
     return bits if block_size(encoded, bits) else None
 
 
-def matrix_product(
-    b: Builder, node: Node, encoded: Encoded, x: Value, bias: Value | None
-) -> Value:
+def matrix_product(b: Builder, node: Node, encoded: Encoded, x: Value, bias: Value | None) -> Value:
     """x [..., in] times the transpose of `encoded`, whose rows_shape is [out, in], plus bias."""
     bits = kernel_bits(b, encoded)
     if bits is not None:
@@ -85,13 +85,11 @@ def _columns(b: Builder, node: Node, encoded: Encoded) -> Value:
     return b.once(("columns", name), make)
 
 
-def _dequantized(
-    b: Builder, name: str, encoded: Encoded, order: list[int], form: str
-) -> Value:
+def _dequantized(b: Builder, name: str, encoded: Encoded, order: list[int], form: str) -> Value:
     stored = quantized(b, name, encoded, order, form)
     scale = b.cast(stored.scale, float_of(encoded))
     inputs = trimmed([stored.codes, scale, stored.zero])
-    more = {"axis": stored.axis, "block_size": stored.block}
+    more: dict[str, Any] = {"axis": stored.axis, "block_size": stored.block}
     return b.op("DequantizeLinear", *inputs, dtype=scale.dtype, **more)
 
 

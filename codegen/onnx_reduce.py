@@ -88,14 +88,14 @@ def _cumsum(call: Call) -> Value:
 def _topk(call: Call) -> list[Value]:
     inputs = [call.value("self"), size_vector(call.b, call["k"])]
     axis, largest = call.axis(call["dim"]), int(call["largest"])
-    attributes = {"axis": axis, "largest": largest, "sorted": int(call["sorted"])}
+    attributes: dict[str, Any] = {"axis": axis, "largest": largest, "sorted": int(call["sorted"])}
     return call.b.ops("TopK", inputs, [None, INT64], **attributes)
 
 
 def _sort(call: Call) -> list[Value]:
     axis: Any = call.axis(call["dim"])
     inputs = [call.value("self"), size_vector(call.b, call.shape_of("self")[axis])]
-    attributes = {"axis": axis, "largest": int(call["descending"]), "sorted": 1}
+    attributes: dict[str, Any] = {"axis": axis, "largest": int(call["descending"]), "sorted": 1}
     return call.b.ops("TopK", inputs, [None, INT64], **attributes)
 
 

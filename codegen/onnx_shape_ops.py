@@ -56,9 +56,7 @@ def expand(b: Builder, value: Value, before: Sequence[Size], after: Sequence[Siz
     return b.op("Expand", value, size_list(b, target))
 
 
-def cut(
-    b: Builder, value: Value, axis: int, start: Any, stop: Any, step: int = 1
-) -> Value:
+def cut(b: Builder, value: Value, axis: int, start: Any, stop: Any, step: int = 1) -> Value:
     """value[start:stop:step] along an axis; the ends may be sizes of run time."""
     ends = [size_vector(b, end) for end in (start, stop)]
     return b.op("Slice", value, ends[0], ends[1], b.ints([axis]), b.ints([step]))

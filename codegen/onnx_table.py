@@ -6,9 +6,11 @@ from typing import Any
 
 from ..ir.program import Node
 from . import (
+    onnx_activations,
     onnx_attention,
     onnx_create,
     onnx_index,
+    onnx_logic,
     onnx_matmul,
     onnx_norm,
     onnx_pointwise,
@@ -19,6 +21,8 @@ from .onnx_call import Table, Translation
 
 TABLE: Table = (
     onnx_pointwise.TABLE
+    | onnx_logic.TABLE
+    | onnx_activations.TABLE
     | onnx_shape_ops.TABLE
     | onnx_create.TABLE
     | onnx_index.TABLE

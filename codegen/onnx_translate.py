@@ -96,7 +96,7 @@ def _definition(node: Node) -> fx.Graph | None:
         args = map_arg(node.args, argument)
         return target(*args, **map_arg(node.kwargs, argument))
 
-    table = {op: rule for op, rule in core_aten_decompositions().items() if op is target}
+    table: Any = {op: rule for op, rule in core_aten_decompositions().items() if op is target}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         traced = make_fx(call, decomposition_table=table, _allow_non_fake_inputs=True)(*fakes)
@@ -106,5 +106,3 @@ def _definition(node: Node) -> fx.Graph | None:
     ):
         return None
     return traced.graph
-
-

@@ -36,8 +36,9 @@ def packed(b: Builder, node: Any) -> Encoded | None:
     if not is_weight(node):
         return None
     entry = b.program.weights.entry(str(node.target))
-    is_affine = isinstance(entry, Encoded) and isinstance(entry.format, AffineInt)
-    return entry if is_affine else None
+    if isinstance(entry, Encoded) and isinstance(entry.format, AffineInt):
+        return entry
+    return None
 
 
 def only_matrix(node: Node) -> bool:
@@ -80,9 +81,7 @@ def shifted_weight(b: Builder, node: Node, offset: float) -> Value:
     return _stored(b, name, f"{name}.plus_{offset:g}", lambda weight: weight + offset)
 
 
-def _stored(
-    b: Builder, name: str, stored_name: str, change: Callable[[Tensor], Tensor]
-) -> Value:
+def _stored(b: Builder, name: str, stored_name: str, change: Callable[[Tensor], Tensor]) -> Value:
     weights = b.program.weights
     dtype = onnx_dtype(weights.dtype(name))
     with torch.device("meta"):

@@ -60,7 +60,7 @@ class OnnxModel:
 
 
 def session_options(threads: int = 0) -> ort.SessionOptions:
-    """Options with a number of threads; float activations stay float in fused products."""
+    """Options with a number of threads (0: onnxruntime's default), and only errors told."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
