@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 _LIBRARY = torch.library.Library("planish", "DEF")
 
@@ -103,12 +104,17 @@ def _gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 _define("gated(Tensor gate, Tensor up, str activation) -> Tensor", _gated)
 
 
-def _visible(q_len: int, k_len: int, causal: bool, window: int, device: torch.device) -> Tensor:
+def _visible(
+    q_len: int, k_len: int, causal: bool, window: int, device: torch.device
+) -> Tensor | None:
     """The [q_len, k_len] boolean mask of a causal and/or windowed attention; True is visible."""
+    if not causal and not window:
+        return None
     last = torch.arange(q_len, device=device)[:, None] + (k_len - q_len)
     key = torch.arange(k_len, device=device)[None, :]
-    seen = key <= last if causal else torch.ones_like(key <= last)
-    return seen & (key > last - window) if window else seen
+    if not causal:
+        return key > last - window
+    return (key <= last) & (key > last - window) if window else key <= last
 
 
 def _attention(
@@ -122,59 +128,81 @@ def _attention(
     causal: bool = False,
     window: int = 0,
     softcap: float = 0.0,
+    uniform_if_blind: bool = False,
 ) -> Tensor:
     """Scaled dot-product attention with everything that today's models add to it.
 
     softmax(softcap(q k^T * scale) + mask) v, per head (Vaswani et al. 2017, eq. 1).
     q: [batch, heads, queries, head]; k: [batch, kv_heads, keys, head]; v: [batch, kv_heads, keys,
     value_head]; heads is a multiple of kv_heads (grouped queries). The last query sits at the last
-    key: query i sees key j iff j <= i + keys - queries when `causal`, and only the last `window`
-    of those when `window` > 0. mask: broadcastable to [batch, heads, queries, keys]; boolean (True
-    is visible) or additive. sinks: [heads] logits that join the softmax and take no value.
-    softcap > 0: s = softcap * tanh(s / softcap). Fully masked rows give zeros for boolean masks.
-    Returns [batch, heads, queries, value_head].
+    key: query i sees key j iff j <= i + keys - queries when `causal`, and only
+    j > i + keys - queries - window when `window` > 0. mask: broadcastable to [batch, heads,
+    queries, keys]; boolean (True is visible) or additive (rounded to q's dtype). sinks: [heads]
+    logits that join the softmax and take no value. softcap > 0: s = softcap * tanh(s / softcap).
+    A blind query (one that sees no key: padding) gives zeros; with `uniform_if_blind` it gives
+    the mean of all values, as in models that hide a key by the lowest finite number instead of
+    minus infinity. Returns [batch, heads, queries, value_head].
     """
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1:
-        k = k.repeat_interleave(groups, 1)
-        v = v.repeat_interleave(groups, 1)
-    plain = sinks is None and not softcap
-    if plain and not causal and not window:
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale)
-    seen = None
-    if causal or window:
-        seen = _visible(q.shape[2], k.shape[2], causal, window, q.device)
-    if plain:
+    heads = q.shape[1]
+    seen = _visible(q.shape[2], k.shape[2], causal, window, q.device)
+    if sinks is not None or softcap:
+        groups = heads // k.shape[1]
+        k, v = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (k, v))
+        scores = q @ k.transpose(-1, -2) * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        joined = _join_masks(mask, seen, scores.dtype, uniform_if_blind)
+        return _masked_softmax(scores, joined, sinks) @ v
+    grouped = k.shape[1] != heads
+    if mask is None and causal and not window and statically_known_true(q.shape[2] == k.shape[2]):
         return torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, _join_masks(mask, seen, q.dtype), scale=scale
+            q, k, v, is_causal=True, scale=scale, enable_gqa=grouped
         )
-    scores = q @ k.transpose(-1, -2) * scale
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    joined = _join_masks(mask, seen, q.dtype)
-    if joined is not None:
-        additive = torch.zeros((), dtype=q.dtype).masked_fill(~joined, -math.inf)
-        scores = scores + (additive if joined.dtype == torch.bool else joined)
-    return _softmax_with_sinks(scores, sinks) @ v
+    joined = _join_masks(mask, seen, q.dtype, uniform_if_blind)
+    return torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, joined, scale=scale, enable_gqa=grouped
+    )
 
 
-def _join_masks(mask: Tensor | None, seen: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if mask is None or seen is None:
-        return seen if mask is None else mask
-    if mask.dtype == torch.bool:
-        return mask & seen
-    return mask.to(dtype).masked_fill(~seen, -math.inf)
+def _join_masks(
+    mask: Tensor | None, seen: Tensor | None, dtype: torch.dtype, uniform: bool
+) -> Tensor | None:
+    """One mask of both. uniform: hidden keys get one finite number, so blind rows are even."""
+    low = max(_LOWEST, torch.finfo(dtype).min) if uniform else -math.inf
+    if mask is None or mask.dtype == torch.bool:
+        visible = seen if mask is None else mask if seen is None else mask & seen
+        if visible is None or not uniform:
+            return visible
+        return torch.zeros((), dtype=dtype, device=visible.device).masked_fill(~visible, low)
+    mask = mask.to(dtype)
+    mask = mask.clamp_min(low) if uniform else mask
+    return mask if seen is None else mask.masked_fill(~seen, low)
 
 
-def _softmax_with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
-    if sinks is None:
-        return torch.softmax(scores, -1)
-    column = sinks.to(scores.dtype).reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
-    return torch.softmax(torch.cat((scores, column), -1), -1)[..., :-1]
+_LOWEST = -1e38
+"""Absorbs every score it is added to, in float32, bfloat16 and float64 alike."""
+
+
+def _masked_softmax(scores: Tensor, mask: Tensor | None, sinks: Tensor | None) -> Tensor:
+    """Softmax over keys in at least float32, rounded to the dtype of the scores."""
+    blind = None
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        blind = ~mask.any(-1, keepdim=True)
+    elif mask is not None:
+        scores = scores + mask
+    if sinks is not None:
+        column = sinks.to(scores.dtype).reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat((scores, column), -1)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    weights = torch.softmax(scores, -1, dtype=wide).to(scores.dtype)
+    weights = weights[..., :-1] if sinks is not None else weights
+    return weights if blind is None else weights.masked_fill(blind, 0.0)
 
 
 _define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? sinks=None, *, "
-    "float scale, bool causal=False, int window=0, float softcap=0.0) -> Tensor",
+    "float scale, bool causal=False, int window=0, float softcap=0.0, "
+    "bool uniform_if_blind=False) -> Tensor",
     _attention,
 )
