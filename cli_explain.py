@@ -7,20 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from .api import explain, trace
-from .cli_print import err, show
+from .cli_print import show, working
 from .passes.reproducer import is_fault_folder, replay
 
 
 def explain_source(source: Path) -> dict[str, Any]:
     """Print what planish makes of a model or a fault folder; the same as data."""
     if is_fault_folder(source):
-        with err.status(f"replay {source}"):
+        with working(f"replay {source}"):
             culprit = replay(source)
         show(str(culprit))
         return {"kind": "fault", **asdict(culprit)}
-    with err.status(f"capture {source}"):
+    with working(f"capture {source}"):
         program = trace(source)
-    with err.status("raise"):
+    with working("raise"):
         report = explain(program)
     show(str(report))
     if len(program.history):

@@ -12,7 +12,7 @@ from typing import Any
 from .api import Optimized, optimize, trace
 from .cli_lists import describe_contract
 from .cli_order import Order, check_order, read_calibration
-from .cli_print import err, megabytes, progress_bar, show, table
+from .cli_print import megabytes, progress_bar, show, table, working
 from .codegen.target import find_target
 from .ir.errors import WrongOption
 from .ir.program import Program
@@ -87,7 +87,7 @@ def export_model(order: Order) -> dict[str, Any]:
         )
     seconds["optimize"] = time.perf_counter() - begun
     begun = time.perf_counter()
-    with err.status(f"write {order.out}"):
+    with working(f"write {order.out}"):
         written = optimized.export(
             order.out, target=order.target, profile=order.profile, force=order.force
         )
@@ -127,7 +127,7 @@ def _told(
 
 
 def _capture(order: Order) -> Program:
-    with err.status(f"capture {order.source}"):
+    with working(f"capture {order.source}"):
         return trace(order.source)
 
 

@@ -53,13 +53,23 @@ def progress_bar(what: str) -> Generator[Callable[[int, int, str], None]]:
         TimeElapsedColumn(),
         TextColumn("{task.fields[name]}"),
     )
-    with Progress(*columns, console=err, transient=True) as bar:
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task(what, total=None, name="")
 
         def advance(done: int, total: int, name: str) -> None:
             bar.update(task, completed=done, total=total, name=name)
 
         yield advance
+
+
+@contextmanager
+def working(what: str) -> Generator[None]:
+    """A spinner on stderr while something of unknown length goes on."""
+    if not err.is_terminal:
+        yield
+        return
+    with err.status(what):
+        yield
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> Table:

@@ -18,7 +18,7 @@ from torch import Tensor
 from .api import trace
 from .cli_export import folder_files
 from .cli_order import check_folder
-from .cli_print import err, megabytes, progress_bar, show, table
+from .cli_print import megabytes, progress_bar, show, table, working
 from .codegen.bundle import write_bundle
 from .demo_measure import Row, Step, measure_encoder, measure_language
 from .demo_models import (
@@ -83,13 +83,13 @@ def run_demo(folder: Path, recipes: list[str], force: bool) -> dict[str, Any]:
 
 def _capture(model: DemoModel, aside: Path) -> Stage:
     """Capture once, for all recipes, and keep the program as a folder."""
-    with err.status(f"read {model.title}"):
+    with working(f"read {model.title}"):
         source = hf_folder(model)
         original = load_original(source)
         size = sum(p.numel() * p.element_size() for p in original.parameters())
         del original
     begun = time.perf_counter()
-    with err.status(f"capture {model.title}"):
+    with working(f"capture {model.title}"):
         program = trace(source)
     seconds = time.perf_counter() - begun
     captured = save_program(program, aside / f"{model.name}-captured")
