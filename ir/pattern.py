@@ -118,15 +118,17 @@ def _takes(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     if schema.is_mutable or len(args) > len(positional) or not kwargs.keys() <= places.keys():
         return False
     given = dict(zip((argument.name for argument in positional), args, strict=False)) | kwargs
+    short = schema.name.split("::")[-1]
+    numbers_too = torch._C._should_allow_numbers_as_tensors(short)  # add(x, 1), but not gt(x, 1)
     needed = {name for name, argument in places.items() if not argument.has_default_value()}
     return needed <= given.keys() and all(
-        _fits(str(places[name].type), value, name == schema.arguments[0].name)
+        _fits(str(places[name].type), value, numbers_too and name != schema.arguments[0].name)
         for name, value in given.items()
     )
 
 
-def _fits(kind: str, value: Any, first: bool) -> bool:
-    """Whether a value can stand where a schema wants `kind`; a later number may be a tensor."""
+def _fits(kind: str, value: Any, number_for_tensor: bool) -> bool:
+    """Whether a value can stand where a schema wants `kind`."""
     if value is None:
         return kind.startswith("Optional")
     listed = "List[" in kind
@@ -136,7 +138,7 @@ def _fits(kind: str, value: Any, first: bool) -> bool:
         held = value.meta.get("val")
         wants_tensor = "Tensor" in kind and not listed
         return wants_tensor if isinstance(held, Tensor) else "Tensor" not in kind
-    return not ("Tensor" in kind and first) and not listed
+    return ("Tensor" not in kind or number_for_tensor) and not listed
 
 
 class _Operators:

@@ -141,7 +141,7 @@ def program_text(program: Program, weights: bool = False) -> str:
 def program_diff(before: Program, after: Program, context: int = 1) -> str:
     """A unified diff of two programs' texts."""
     old, new = program_text(before).splitlines(), program_text(after).splitlines()
-    lines: Iterable[str] = difflib.unified_diff(old, new, "before", "after", "", "", context)
+    lines: Iterable[str] = difflib.unified_diff(old, new, "before", "after", n=context, lineterm="")
     return "\n".join(lines)
 
 
