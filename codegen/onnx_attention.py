@@ -13,7 +13,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from .onnx_builder import BOOL, INT64, Value
+import torch
+
+from ..ir.ops import _LOWEST as LOWEST
+from .onnx_builder import BOOL, INT32, INT64, Value
 from .onnx_call import Call, Table
 from .onnx_shape_ops import expand, reshape
 from .onnx_sizes import Size, size_list, size_scalar, sizes
@@ -26,41 +29,39 @@ def _sdpa(call: Call) -> Value | None:
     scale = call["scale"]
     if scale is None:
         scale = 1 / math.sqrt(int(call.shape_of("query")[-1]))
-    mask, mask_shape = _mask(call, "attn_mask", "query", "key")
-    del mask_shape
+    mask = _mask(call, "attn_mask", "query", "key")
     # Both ONNX and this operator count a causal mask from the first key.
     causal = int(call["is_causal"])
     inputs = [call.value(name) for name in ("query", "key", "value")]
     return call.op("Attention", *inputs, mask, scale=float(scale), is_causal=causal)
 
 
-def _mask(call: Call, name: str, query: str, key: str) -> tuple[Value | None, list[Size]]:
+def _mask(call: Call, name: str, query: str, key: str) -> Value | None:
     """The mask with its last two axes whole, which onnxruntime asks for."""
     node = call[name]
     if node is None:
-        return None, []
+        return None
     have = sizes(node.meta["val"].shape)
     ends = [call.shape_of(query)[-2], call.shape_of(key)[-2]]
     wanted = [*have[:-2], *ends]
     kind = BOOL if node.meta["val"].dtype.itemsize == 1 else call.dtype
     value = call.value(name, kind)
     if len(have) >= 2 and have == wanted:
-        return value, have
+        return value
     key_ = ("mask", value, tuple(wanted))
-    return call.b.once(key_, lambda: expand(call.b, value, have, wanted)), wanted
+    return call.b.once(key_, lambda: expand(call.b, value, have, wanted))
 
 
 def _attention(call: Call) -> Value:
     """planish::attention on [batch, heads, length, head]."""
-    mask, _ = _mask(call, "mask", "q", "k")
     queries, keys = call.shape_of("q")[-2], call.shape_of("k")[-2]
     causal, window = bool(call["causal"]), int(call["window"])
     plain = not call["softcap"] and call["sinks"] is None
-    square = queries == keys
-    if plain and causal and square and not window and mask is None:
+    if plain and causal and queries == keys and not window and call["mask"] is None:
         return _onnx_attention(call, None, causal=1)
-    if causal or window:
-        mask = _joined(call, mask, _visible(call, queries, keys, causal, window))
+    mask = _mask(call, "mask", "q", "k")
+    seen = _visible(call, queries, keys, causal, window) if causal or window else None
+    mask = _joined(call, mask, seen)
     return _onnx_attention(call, mask) if plain else _spelled_out(call, mask)
 
 
@@ -95,16 +96,24 @@ def _visible(call: Call, queries: Size, keys: Size, causal: bool, window: int) -
     return b.once(("visible", queries, keys, causal, window), make)
 
 
-def _joined(call: Call, mask: Value | None, seen: Value) -> Value:
-    if mask is None:
-        return seen
-    b = call.b
-    if mask.dtype == BOOL:
-        return b.once(("joined", mask, seen), lambda: b.op("And", mask, seen))
-    hidden = b.constant(-math.inf, mask.dtype)
-    return b.once(
-        ("joined", mask, seen), lambda: b.op("Where", seen, mask, hidden, dtype=mask.dtype)
-    )
+def _joined(call: Call, mask: Value | None, seen: Value | None) -> Value | None:
+    """One mask of both; see `uniform_if_blind` of planish::attention."""
+    b, uniform = call.b, bool(call["uniform_if_blind"])
+    low = max(LOWEST, torch.finfo(call.meta.dtype).min) if uniform else -math.inf
+    hidden = b.constant(low, call.dtype)
+
+    def make() -> Value | None:
+        if mask is not None and mask.dtype != BOOL:
+            kept = b.op("Max", mask, hidden) if uniform else mask
+            return kept if seen is None else b.op("Where", seen, kept, hidden, dtype=call.dtype)
+        both = mask or seen
+        if mask is not None and seen is not None:
+            both = b.op("And", mask, seen)
+        if both is None or not uniform:
+            return both
+        return b.op("Where", both, b.constant(0, call.dtype), hidden, dtype=call.dtype)
+
+    return b.once(("joined", mask, seen, uniform), make)
 
 
 def _spelled_out(call: Call, mask: Value | None) -> Value:
@@ -116,21 +125,28 @@ def _spelled_out(call: Call, mask: Value | None) -> Value:
         scores = call.op("Mul", scores, call.number(cap))
     elif call["scale"] != 1:
         scores = call.op("Mul", scores, call.number(call["scale"]))
-    if mask is not None:
-        scores = call.op("Add", scores, _additive(call, mask))
-    if call["sinks"] is None:
-        weights = call.op("Softmax", scores, axis=-1)
-    else:
-        weights = _with_sinks(call, scores)
-    return _values(call, weights)
+    hides = mask is not None and mask.dtype == BOOL
+    if mask is not None and hides:
+        lowest = call.number(torch.finfo(call.meta.dtype).min)
+        scores = call.op("Where", mask, scores, lowest, dtype=call.dtype)
+    elif mask is not None:
+        scores = call.op("Add", scores, mask)
+    if call["sinks"] is not None:
+        return _values(call, _with_sinks(call, scores))  # a sink takes all of a blind row
+    values = _values(call, call.op("Softmax", scores, axis=-1))
+    return _without_blind(call, mask, values) if mask is not None and hides else values
 
 
-def _additive(call: Call, mask: Value) -> Value:
-    if mask.dtype != BOOL:
-        return mask
+def _without_blind(call: Call, mask: Value, values: Value) -> Value:
+    """Zeros for the queries that see no key."""
     b = call.b
-    ends = b.constant(0, call.dtype), b.constant(-math.inf, call.dtype)
-    return b.once(("additive", mask), lambda: b.op("Where", mask, *ends, dtype=call.dtype))
+
+    def make() -> Value:
+        number = b.op("Cast", mask, dtype=INT32, to=INT32)
+        return b.cast(b.op("ReduceMax", number, b.ints([-1]), keepdims=1), BOOL)
+
+    sees = b.once(("sees", mask), make)
+    return b.op("Where", sees, values, b.constant(0, call.dtype), dtype=call.dtype)
 
 
 def _scores(call: Call) -> Value:

@@ -17,6 +17,7 @@ from ..ir.program import Node, Program
 
 Value = oir.Value
 CONTRIB = "com.microsoft"
+INT32 = oir.DataType.INT32
 INT64 = oir.DataType.INT64
 BOOL = oir.DataType.BOOL
 
@@ -133,7 +134,7 @@ class Builder:
         """A constant int64 vector."""
         return self.constant(list(values), INT64)
 
-    def once(self, key: Any, make: Callable[[], Value]) -> Value:
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """The value of an earlier call with the same key, or a new one."""
         if key not in self.memo:
             self.memo[key] = make()

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import onnx_ir as oir
 import torch
 from torch import fx
 
-from .onnx_builder import BOOL, Value, onnx_dtype
+from .onnx_builder import BOOL, INT32, Value, onnx_dtype
 from .onnx_call import Call, Table, Translation
-
-_INT32 = oir.DataType.INT32
 
 
 def _test(op_type: str) -> Translation:
@@ -27,7 +24,7 @@ def _comparison(op_type: str, negate: bool = False) -> Translation:
     def translate(call: Call) -> Value:
         common = onnx_dtype(_common_dtype(call["self"], call["other"]))
         if common == BOOL and op_type != "Equal":
-            common = _INT32
+            common = INT32
         left, right = call.value("self", common), call.value("other", common)
         found = call.op(op_type, left, right, dtype=BOOL)
         return call.op("Not", found) if negate else found

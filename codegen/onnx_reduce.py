@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import onnx_ir as oir
-
-from .onnx_builder import BOOL, INT64, Value
+from .onnx_builder import BOOL, INT32, INT64, Value
 from .onnx_call import Call, Table, Translation
 from .onnx_sizes import size_vector
-
-_INT32 = oir.DataType.INT32
 
 
 def _axes(call: Call) -> list[int]:
@@ -42,7 +38,7 @@ def _truth(op_type: str) -> Translation:
     """any and all: the largest or smallest of 0 and 1."""
 
     def translate(call: Call) -> Value:
-        number = call.b.cast(call.value("self", BOOL), _INT32)
+        number = call.b.cast(call.value("self", BOOL), INT32)
         return call.b.cast(_over(call, op_type, number), BOOL)
 
     return translate
