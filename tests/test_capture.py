@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import zoo
-from captured import captured, sample
+from captured import fresh, sample
 from planish.ir.capture import capture_module
 from planish.ir.errors import CaptureFailed, StatefulModel, WrongInput
 from planish.ir.interpret import run
@@ -40,7 +40,7 @@ def assert_rounds_alike(program: Program, model: nn.Module, inputs: dict[str, Te
 def test_program_equals_model_at_another_shape(name: str, attention: zoo.Attention) -> None:
     made = sample(name, attention)
     inputs = made.other_inputs()
-    program = captured(name, attention)
+    program = fresh(name, attention)
     assert any(inputs[key].shape != value.shape for key, value in made.kwargs.items())
     assert_rounds_alike(program, made.model, inputs)
     for spec in program.input_specs:
@@ -54,11 +54,11 @@ def test_program_equals_model_at_another_shape(name: str, attention: zoo.Attenti
 def test_output_has_the_models_own_type() -> None:
     made = sample("llama", "sdpa")
     with torch.no_grad():
-        assert type(captured("llama")(**made.kwargs)) is type(made.model(**made.kwargs))
+        assert type(fresh("llama", "sdpa")(**made.kwargs)) is type(made.model(**made.kwargs))
 
 
 def test_weights_share_the_models_memory_and_ties_have_one_entry() -> None:
-    made, program = sample("gemma", "sdpa"), captured("gemma")
+    made, program = sample("gemma", "sdpa"), fresh("gemma", "sdpa")
     state = made.model.state_dict()
     for name in program.weights:
         if name in state:
@@ -71,7 +71,7 @@ def test_weights_share_the_models_memory_and_ties_have_one_entry() -> None:
 
 def test_every_value_knows_its_module() -> None:
     names = {name for name, _ in sample("llama", "sdpa").model.named_modules()}
-    nodes = [n for n in captured("llama").graph.nodes if n.op == "call_function"]
+    nodes = [n for n in fresh("llama", "sdpa").graph.nodes if n.op == "call_function"]
     assert all(node.meta["module"] in names for node in nodes)
     linears = [n for n in nodes if n.target is torch.ops.aten.linear.default]
     assert {n.meta["module"] for n in linears} >= {
@@ -81,13 +81,20 @@ def test_every_value_knows_its_module() -> None:
     }
 
 
+_FORMS: list[tuple[str, zoo.Attention]] = [
+    ("bert", "sdpa"),
+    ("gpt2", "eager"),
+    ("bloom", "eager"),
+]
+
+
 def test_the_graph_is_functional_and_keeps_composites_whole() -> None:
-    for case in (("bert", "sdpa"), ("gpt2", "eager"), ("bloom", "eager")):
-        program = captured(*case)
+    for name, form in _FORMS:
+        program = fresh(name, form)
         for node in program.graph.nodes:
             schema = getattr(node.target, "_schema", None)
             assert schema is None or not schema.is_mutable
-    targets = {n.target for n in captured("bert").graph.nodes}
+    targets = {n.target for n in fresh("bert", "sdpa").graph.nodes}
     aten = torch.ops.aten
     assert {aten.linear.default, aten.layer_norm.default} <= targets
     assert aten.scaled_dot_product_attention.default in targets
