@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, fx
 
 from .backend_messages import FallbackWarning
+from .codegen import torch_cpu
 from .ir.capture_dynamo import DynamoCapture
+from .ir.encoded import Encoded
 from .ir.fingerprint import Fingerprint
 from .ir.program import Program
 from .passes.pipeline import Pipeline
@@ -72,7 +74,9 @@ def lay_out(program: Program, captured: DynamoCapture, arguments: Sequence[Any])
 
 
 def _lower(program: Program) -> fx.GraphModule:
-    return program.to_module()
+    """Over flat inputs; weights in a number format run on packed kernels where there are some."""
+    encoded = any(isinstance(program.weights.entry(name), Encoded) for name in program.weights)
+    return torch_cpu.lower(program) if encoded else program.to_module()
 
 
 def _live(captured: DynamoCapture, arguments: Sequence[Any]) -> dict[tuple[Any, ...], int]:
