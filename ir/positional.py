@@ -83,6 +83,11 @@ def size_at(size: Any, sizes: Sizes) -> int:
     return int(size.node.expr.subs(sizes)) if isinstance(size, torch.SymInt) else int(size)
 
 
+def free_symbols(size: Any) -> set[Any]:
+    """The symbols that a size is made of; none if it is known."""
+    return set(size.node.expr.free_symbols) if isinstance(size, torch.SymInt) else set()
+
+
 def blank(node: Node, sizes: Sizes, fill: Any = 0) -> Tensor:
     """A tensor of the shape and dtype that the node has at these sizes."""
     value = node.meta["val"]
@@ -106,7 +111,7 @@ def free_sizes(program: Program) -> dict[Any, tuple[int, int, bool]]:
         value = node.meta.get("val")
         for axis, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
             if isinstance(size, torch.SymInt):
-                for symbol in size.node.expr.free_symbols:
+                for symbol in free_symbols(size):
                     least, greatest = _bounds(size, symbol)
                     inner = axis > 0 or found.get(symbol, (0, 0, False))[2]
                     found[symbol] = (least, greatest, inner)

@@ -6,6 +6,7 @@ The composite call (scaled_dot_product_attention), and products around a softmax
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
 SOFTMAXES = (aten.softmax.int, aten._softmax.default, aten.special_softmax.default)
 _DROPOUTS = (aten.dropout.default, aten.native_dropout.default)
-_PASSING = (*COPIES, *_DROPOUTS, aten.slice.Tensor, aten.reshape.default)
+_PASSING = (*COPIES, *_DROPOUTS, operator.getitem, aten.slice.Tensor, aten.reshape.default)
 
 Number = Callable[[Any], float | None]
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..ir.edit import same_size, shape, value_of
+from ..ir.edit import same_shape, same_size, shape, value_of
 from ..ir.pattern import bound_arguments
 from ..ir.program import Node
 from .mask_parts import read_choice
@@ -58,11 +58,12 @@ def times_number(node: Node, number: Callable[[Any], float | None]) -> tuple[Nod
         return None
     a, b = node.args[0], node.args[1]
     divides = node.target in (aten.div.Tensor, aten.div.Scalar)
+    found: tuple[Node, float] | None = None
     if isinstance(a, fx.Node) and (value := number(b)) is not None and not (divides and not value):
-        return a, 1.0 / value if divides else value
-    if not divides and isinstance(b, fx.Node) and (value := number(a)) is not None:
-        return b, value
-    return None
+        found = a, 1.0 / value if divides else value
+    elif not divides and isinstance(b, fx.Node) and (value := number(a)) is not None:
+        found = b, value
+    return found if found is not None and same_shape(found[0], node) else None
 
 
 class _Reader:
@@ -162,6 +163,8 @@ class _Reader:
             if choice is not None:
                 visible, negated, _, fill = choice
                 masking = Masking(visible, 1.0, fill, negated, space)
+        if masking is not None and not same_shape(node, under):
+            raise Unreadable("a mask has more examples or heads than the scores")
         if masking is not None and scores.sinks is not None:
             raise Unreadable("a mask is applied to the sinks too")
         if masking is not None:

@@ -151,6 +151,9 @@ def split_additive(
         source: Any = node.args[0]
         if value_of(source).is_floating_point():
             return split(source, factor)
+    if node.target is aten.mul.Tensor and (inverse := _inverse(node, factor, number)):
+        found.hide(*inverse)
+        return found
     if node.target is aten.mul.Tensor and number(arguments["other"]) is not None:
         return split(arguments["self"], factor * number(arguments["other"]))  # type: ignore[operator]
     choice = read_choice(node, factor, number)
@@ -159,9 +162,6 @@ def split_additive(
         if isinstance(kept, fx.Node):
             found.add(split(kept, factor))
         found.hide(visible, negated, fill)
-        return found
-    if node.target is aten.mul.Tensor and (inverse := _inverse(node, factor, number)):
-        found.hide(*inverse)
         return found
     fills = hidden_at(node)
     if fills is not None:

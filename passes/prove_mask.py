@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from ..ir.edit import same_size
-from ..ir.positional import Positional, blank, free_sizes, is_size, size_at
+from ..ir.positional import Positional, blank, free_sizes, free_symbols, is_size, size_at
 from ..ir.program import Node, Program
 from .mask_parts import ABSORBS, HIDES, Bias, MaskParts, Part, finite, split_additive
 
@@ -147,14 +147,19 @@ class MaskProver:
                 return {float(v) for v in value.unique() if v != 0}
         return None
 
-    def _sizes(self, lengths: Iterable[int]) -> Iterator[dict[Any, int]]:
-        """Sizes for every free symbol: lengths that differ, in both orders; small batches."""
+    def _sizes(
+        self, lengths: Iterable[int], moving: frozenset[Any] = frozenset()
+    ) -> Iterator[dict[Any, int]]:
+        """Sizes for every free symbol: lengths that differ, in both orders; small batches.
+
+        moving: symbols that are lengths, whatever they are in the inputs.
+        """
         for turn, length in enumerate(lengths):
             symbols = sorted(self.free, key=str, reverse=bool(turn % 2))
             sizes: dict[Any, int] = {}
             for place, symbol in enumerate(symbols):
                 least, greatest, positions = self.free[symbol]
-                wanted = length + 3 * place if positions else 2
+                wanted = length + 3 * place if positions or symbol in moving else 2
                 sizes[symbol] = min(max(wanted, least), greatest)
             yield sizes
 
@@ -174,18 +179,19 @@ class MaskProver:
             return False, 0, f"its constant {bound} is too long to try lengths around it"
         around = [bound - 1, bound, bound + 1] + ([2 * bound + 3] if bound <= 2048 else [])
         lengths = sorted({*_SHORT, *(n for n in around if bound and n > 1)})
-        seen: list[Tensor] = []
-        for sizes in self._sizes(lengths):
+        moving = frozenset(symbol for size in (queries, keys) for symbol in free_symbols(size))
+        seen: dict[tuple[int, int], Tensor] = {}
+        for sizes in self._sizes(lengths, moving):
             form = (size_at(queries, sizes), size_at(keys, sizes))
             try:
-                seen.append(self._visible(maskings, known, sizes, form))
+                seen[form] = self._visible(maskings, known, sizes, form)
             except (RuntimeError, IndexError, LookupError):
                 continue
             except ValueError as error:
                 return False, 0, str(error)
         if len(seen) < (1 if fixed else 4):
             return False, 0, "it cannot be computed at four lengths"
-        return recognize(seen)
+        return recognize(list(seen.values()))
 
     def _visible(
         self,
@@ -250,17 +256,17 @@ def recognize(seen: list[Tensor]) -> tuple[bool, int, str]:
     for causal, width in guesses:
         if all(torch.equal(m, formula(len(m), m.shape[1], causal, width)) for m in seen):
             return causal, width, ""
-    return False, 0, _difference(min(seen, key=lambda mask: mask.numel()))
+    return False, 0, _difference(sorted(seen, key=lambda mask: mask.numel()))
 
 
-def _difference(mask: Tensor) -> str:
-    queries, keys = mask.shape
-    wrong = (mask != formula(queries, keys, True, 0)).nonzero()
-    if not len(wrong):
-        return "its positional part is no causal window"
-    i, j = wrong[0].tolist()
-    sees = "sees" if bool(mask[i, j]) else "does not see"
-    return (
-        "its positional part is neither causal nor a window: "
-        f"query {i} of {queries} {sees} key {j} of {keys}"
-    )
+def _difference(seen: list[Tensor]) -> str:
+    """Where the shortest mask that is not causal differs from a causal one."""
+    reason = "its positional part is neither causal nor a window"
+    for mask in seen:
+        queries, keys = mask.shape
+        wrong = (mask != formula(queries, keys, True, 0)).nonzero().tolist()
+        if wrong:
+            i, j = wrong[0]
+            sees = "sees" if bool(mask[i, j]) else "does not see"
+            return f"{reason}: query {i} of {queries} {sees} key {j} of {keys}"
+    return reason

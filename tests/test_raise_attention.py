@@ -271,7 +271,8 @@ MASKS: list[tuple[str, Visible, tuple[bool, int] | None]] = [
     ("window by distance", lambda i, j: (i - j < 5) & (i >= j), (True, 5)),
     ("all", lambda i, j: (i >= -99) & (j >= 0), (False, 0)),
     ("one ahead", lambda i, j: j <= i + 1, None),
-    ("reversed", lambda i, j: j >= i, None),
+    ("only later", lambda i, j: j >= i, (False, 1)),
+    ("reversed", lambda i, j: j > i, None),
     ("both sides", lambda i, j: (j - i).abs() < 3, None),
     ("causal in blocks", lambda i, j: (j <= i) & (j // 4 == i // 4), None),
     ("causal but for the far", lambda i, j: (j <= i) | (j > 70), None),
@@ -360,12 +361,18 @@ def upper_left(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
+def widened(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+    scores = q[:1] @ k[:1].transpose(2, 3) + pad[:, None, None].float()
+    return torch.softmax(scores, -1) @ v
+
+
 DECLINES: list[tuple[Callable[..., Tensor], str]] = [
     (second_reader, "a second reader, %sum_1, uses the softmax"),
     (dropped, "dropout is active (p=0.25)"),
     (dropped_composite, "dropout is active (p=0.5)"),
     (other_axis, "its softmax runs over axis 2 of 4, not over the last"),
     (integers, "the mask added to the scores is int64, not floating"),
+    (widened, "a mask has more examples or heads than the scores"),
     (powers, "the scores pass through pow, which attention does not have"),
     (upper_left, "its causal mask starts at the first key, and keys outnumber queries"),
 ]
@@ -385,7 +392,7 @@ def test_a_softmax_that_weighs_no_values_is_no_candidate() -> None:
 
 def test_equal_masks_are_built_once() -> None:
     def twice(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
-        return eager(q, k, v, pad) + eager(q, k, v + 1.0, pad)
+        return eager(q, k, v, pad) + eager(q + 1.0, k, v, pad)
 
     program = trace(twice, square=True)
     from planish.passes.share_subexpressions import ShareSubexpressions
