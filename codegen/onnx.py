@@ -23,7 +23,7 @@ from ..ir.text import value_names
 from .onnx_builder import CONTRIB, INT64, Builder, Options, Value, meta, onnx_dtype
 from .onnx_call import read
 from .onnx_sizes import bind_symbols, dimension_text, size
-from .onnx_translate import live_nodes, translate_node
+from .onnx_translate import translate_program
 from .target import Target
 
 MODEL = "model.onnx"
@@ -55,9 +55,7 @@ def build(program: Program, options: Options, metadata: Mapping[str, Any]) -> oi
     """The model in memory; its weights are read only when it is saved."""
     b = Builder(program, options, value_names(program.graph))
     inputs = [_input(b, node) for node in program.inputs if _is_tensor(node)]
-    for node in live_nodes(program.graph, program.results):
-        b.base, b.module = b.names[node], node.meta.get("module", "")
-        translate_node(b, node)
+    translate_program(b, program.results)
     symbols = _symbol_names(program)
     outputs = _outputs(b, inputs, symbols)
     graph = oir.Graph(

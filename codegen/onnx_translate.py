@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
+import onnx_ir as oir
 import torch
 from torch import fx
 from torch._decomp import core_aten_decompositions
@@ -37,6 +38,21 @@ def live_nodes(graph: fx.Graph, results: Iterable[Any]) -> list[Node]:
 
 def _is_size(node: Node) -> bool:
     return isinstance(node.meta.get("val"), (torch.SymInt, int))
+
+
+def translate_program(b: Builder, results: Iterable[Any]) -> None:
+    """Emit all that the results need; what a program node computes gets that node's name."""
+    for node in live_nodes(b.program.graph, results):
+        b.base, b.module = b.names[node], node.meta.get("module", "")
+        before = len(b.nodes)
+        translate_node(b, node)
+        _name_results(b, b.values[node], set(b.nodes[before:]))
+
+
+def _name_results(b: Builder, result: Any, emitted: set[oir.Node]) -> None:
+    for place, value in enumerate(result if isinstance(result, list) else [result]):
+        if isinstance(value, Value) and value.producer() in emitted:
+            value.name = b.unique(b.base if place == 0 else f"{b.base}:{place}")
 
 
 def translate_node(b: Builder, node: Node, depth: int = 0) -> None:
