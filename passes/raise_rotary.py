@@ -46,8 +46,8 @@ class Rotary(Rule):
             return ""
         if angles_differ(turn.cos, turn.sin):
             return "the sine is not of the same angle table as the cosine"
-        width = shape(turn.x if isinstance(turn.x, Node) else turn.x[0])[-1]
-        wanted = width if turn.wide or not isinstance(turn.x, Node) else width // 2
+        width = shape(turn.root)[-1]
+        wanted = width if turn.wide else width // 2
         for table, what in ((turn.cos, "cosine"), (turn.sin, "sine")):
             if shape(table)[-1:] != [wanted]:
                 return f"the {what} has {shape(table)[-1:]} channels, {wanted} are turned"
@@ -65,10 +65,18 @@ class Rotary(Rule):
         elif turn.wide:
             cos = self.tables.single(cos, _layout(turn), editor)
             sin = self.tables.single(sin, _layout(turn), editor)
-        x = turn.x
-        if not isinstance(x, Node):
-            x = op.cat(list(x), len(shape(x[0])) - 1)
+        x = _joined(turn)
         return op.rotary(x, cos, sin, True) if turn.interleaved else op.rotary(x, cos, sin)
+
+
+def _joined(turn: Turn) -> Node:
+    """What is turned, as one value of the result's shape."""
+    if not isinstance(turn.x, Node):
+        last = len(shape(turn.x[0]))
+        if not turn.interleaved:
+            return op.cat(list(turn.x), last - 1)
+        return op.reshape(op.stack(list(turn.x), last), turn.sizes)
+    return turn.x if turn.sizes is None else op.reshape(turn.x, turn.sizes)
 
 
 def _layout(turn: Turn) -> Layout:

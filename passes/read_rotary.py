@@ -22,8 +22,8 @@ aten = torch.ops.aten
 class Turn:
     """A value turned by tables.
 
-    x: the value, or its two parts, which are to be concatenated. wide: the tables hold each angle
-    twice. root: the result.
+    x: the value, or its two parts, which are to be brought together as the result is. wide: the
+    tables hold each angle twice. root: the result. sizes: those that x is to be reshaped to first.
     """
 
     root: Node
@@ -32,6 +32,7 @@ class Turn:
     sin: Node
     interleaved: bool
     wide: bool
+    sizes: Any = None
 
 
 def read_sum(root: Node) -> Turn | str | None:
@@ -164,15 +165,10 @@ def read_parts(root: Node) -> Turn | str | None:
         if not _crossed(products[2], products[3], a, b, cos, sin) or not same_shape(a, b):
             continue
         pair = read_pair(a, b)
-        if pair is None:
-            continue
-        source, interleaved, start, width = pair
-        whole = start == 0 and shape(source)[-1] == width
-        if interleaved == together and whole:
-            return Turn(root, source, cos, sin, together, wide=False)
-        if not together:
-            return Turn(root, (a, b), cos, sin, False, wide=False)
-        return "its pairs are halves of the input but neighbours in the result"
+        if pair is not None and pair[1] == together and _is_window(pair[0], pair):
+            return Turn(root, pair[0], cos, sin, together, wide=False)
+        sizes = arguments(root)[1] if together else None
+        return Turn(root, (a, b), cos, sin, together, wide=False, sizes=sizes)
     return "its two parts do not turn one pair of values by one angle"
 
 
@@ -199,10 +195,13 @@ def read_complex(root: Node) -> Turn | None:
     for value, table in _orders(turned):
         if not calls(value, aten.view_as_complex.default):
             continue
-        pairs = value.args[0]
-        x = pairs.args[0] if calls(pairs, aten.reshape.default) else None
-        if x is not None and same_shape(x, root) and shape(pairs)[-1] == 2:
-            return Turn(root, x, table, table, interleaved=True, wide=True)
+        pairs: Node = value.args[0]
+        flat = rank(pairs) == rank(root) + 1 and shape(root)[-1] == 2 * shape(pairs)[-2]
+        if not flat:
+            continue
+        x = arguments(pairs)[0] if calls(pairs, aten.reshape.default) else pairs
+        sizes = None if same_shape(x, root) else arguments(root)[1]
+        return Turn(root, x, table, table, interleaved=True, wide=True, sizes=sizes)
     return None
 
 
