@@ -22,6 +22,7 @@ def modules() -> set[str]:
     """Every source and data file of the package, as the wheel should name it."""
     files = [*ROOT.glob("*.py"), *(f for room in ROOMS for f in (ROOT / room).glob("*.py"))]
     files += [ROOT / name for name in DATA]
+    files += [*(ROOT / "kernels").glob("*.c"), *(ROOT / "kernels").glob("*.h")]
     return {f"planish/{file.relative_to(ROOT)}" for file in files}
 
 
