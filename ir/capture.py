@@ -285,7 +285,19 @@ def _lift_weights(exported: ExportedProgram, aliases: Mapping[str, str]) -> fx.G
             _refuse_nested(node)
             mapping[node] = graph.node_copy(node, lambda n: mapping[n])
             mapping[node].meta = _kept_meta(node)
+            _name_epsilon(mapping[node])
     return graph
+
+
+def _name_epsilon(node: fx.Node) -> None:
+    """Write the epsilon that rms_norm takes from its dtype, which a float64 run would change."""
+    if node.target is not torch.ops.aten.rms_norm.default or "val" not in node.meta:
+        return
+    given = [*node.args, None, None][:4]
+    if given[3] is None and "eps" not in node.kwargs:
+        kept: torch.dtype = node.meta["val"].dtype
+        computed = kept if kept == torch.float64 else torch.float32
+        node.args = (*given[:3], torch.finfo(computed).eps)
 
 
 def _results(
