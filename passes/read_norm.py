@@ -165,20 +165,19 @@ def _mean_taken_away(value: Any) -> Node | None:
         return None
     source, mean = value.args[0], value.args[1]
     averaged = _mean(mean.args[0] if calls(mean, aten.unsqueeze.default) else mean)
-    if averaged is None or _axis_fault(*averaged):
+    if averaged is None or _axis_fault(*averaged) or not _is_row(mean, source):
         return None
     return source if same_value(narrowest(averaged[0]), narrowest(source)) else None
 
 
 def scaled_forms(found: Statistic) -> list[Scaled]:
     """All values on the way from the statistic that are normalized x, the furthest last."""
-    state = Scaled(found.node, value_of(found.node).dtype)
-    inverse, forms = not found.root, list[Scaled]()
+    node, inverse = _inverse_row(found)
+    state, forms = Scaled(node, value_of(node).dtype), list[Scaled]()
+    if not _is_row(node, found.x):
+        return forms
     while (reader := sole_reader(state.node)) is not None:
-        if not inverse and calls(reader, aten.reciprocal.default):
-            inverse, state = True, replace(state, node=reader)
-            continue
-        following = _step(found, state, reader, inverse)
+        following = _step(found, state, reader) if inverse else _divided(found, state, reader)
         if following is None:
             break
         inverse, state = True, following
@@ -187,12 +186,31 @@ def scaled_forms(found: Statistic) -> list[Scaled]:
     return forms
 
 
-def _step(found: Statistic, state: Scaled, reader: Node, inverse: bool) -> Scaled | None:
-    if not inverse:
-        divided = calls(reader, aten.div.Tensor) and reader.args[1] is state.node
-        if divided and _is_x(found, reader.args[0]):
-            return replace(state, node=reader, rounded=value_of(reader).dtype, has_x=True)
+def _inverse_row(found: Statistic) -> tuple[Node, bool]:
+    """The statistic with its averaged axis put back, and whether it is inverted by now."""
+    node, inverse = found.node, not found.root
+    while (reader := sole_reader(node)) is not None:
+        if not inverse and calls(reader, aten.reciprocal.default):
+            inverse = True
+        elif not calls(reader, aten.unsqueeze.default):
+            break
+        node = reader
+    return node, inverse
+
+
+def _is_row(statistic: Node, x: Node) -> bool:
+    """Whether the statistic is one number for each row of x: [..., 1]."""
+    return rank(statistic) == rank(x) and shape(statistic)[-1] == 1
+
+
+def _divided(found: Statistic, state: Scaled, reader: Node) -> Scaled | None:
+    divided = calls(reader, aten.div.Tensor) and reader.args[1] is state.node
+    if not divided or not _is_x(found, reader.args[0]):
         return None
+    return replace(state, node=reader, rounded=value_of(reader).dtype, has_x=True)
+
+
+def _step(found: Statistic, state: Scaled, reader: Node) -> Scaled | None:
     if calls(reader, aten._to_copy.default) and value_of(reader).is_floating_point():
         rounded = state.rounded if state.weight else value_of(reader).dtype
         return replace(state, node=reader, rounded=rounded)
