@@ -1,10 +1,12 @@
 """Speed of `torch.compile(backend="planish")` against eager and Inductor, on real models.
 
     python benchmarks/backend.py [--recipe exact] [--threads 1 2] [--rounds 30] [--models NAME ...]
+        [--shapes 1x128 ...] [--clock cpu]
 
 The three run in turn, round after round, so that a change of the machine's load meets them all
 alike; what is printed are medians, and the median of the ratios within a round. Above 1, planish
-is the faster. Every model needs its demo package; see the README.
+is the faster. On a machine that others use too, `--clock cpu --threads 1`
+counts only our own seconds. Every model needs its demo package; see the README.
 """
 
 from __future__ import annotations
@@ -58,22 +60,23 @@ def smollm2() -> torch.nn.Module:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 CASES = (
     Case("minilm", minilm, ((1, 128), (8, 128))),
     Case("smollm2", smollm2, ((1, 128), (1, 512))),
 )
 
 
-def rounds(runs: dict[str, Run], count: int) -> dict[str, list[float]]:
+def rounds(runs: dict[str, Run], count: int, clock: Callable[[], float]) -> dict[str, list[float]]:
     """Seconds of each run, `count` times in turn, after one warm call of each."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(count + 1):
         names = list(runs)[:: 1 if turn % 2 else -1]
         for name in names:
-            started = time.perf_counter()
+            started = clock()
             runs[name]()
             if turn:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
     return seconds
 
 
@@ -87,7 +90,7 @@ def compiled(model: torch.nn.Module, recipe: str) -> dict[str, Callable[..., Any
 
 
 def measure(
-    case: Case, model: torch.nn.Module, shape: tuple[int, int], recipe: str, count: int
+    case: Case, model: torch.nn.Module, shape: tuple[int, int], recipe: str, count: int, clock: str
 ) -> None:
     """One line of the table; every shape is compiled for itself, with static sizes."""
     torch._dynamo.reset()
@@ -98,7 +101,7 @@ def measure(
         name: lambda call=call: call(input_ids=ids, attention_mask=mask)
         for name, call in calls.items()
     }
-    seconds = rounds(runs, count)
+    seconds = rounds(runs, count, CLOCKS[clock])
     median = {name: statistics.median(values) for name, values in seconds.items()}
     against = {
         other: statistics.median(
@@ -115,10 +118,17 @@ def measure(
     )
 
 
+def wanted(case: Case, names: list[str] | None) -> list[tuple[int, int]]:
+    """The case's shapes, or those of them that are named."""
+    return [shape for shape in case.shapes if not names or f"{shape[0]}x{shape[1]}" in names]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--recipe", default="exact")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--shapes", nargs="+", help="of each case only these, such as 1x128")
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--models", nargs="+", default=[case.name for case in CASES])
     arguments = parser.parse_args()
@@ -130,8 +140,8 @@ def main() -> None:
             model.config.use_cache = False  # type: ignore[union-attr]
             for threads in arguments.threads:
                 torch.set_num_threads(threads)
-                for shape in case.shapes:
-                    measure(case, model, shape, arguments.recipe, arguments.rounds)
+                for shape in wanted(case, arguments.shapes):
+                    measure(case, model, shape, arguments.recipe, arguments.rounds, arguments.clock)
 
 
 if __name__ == "__main__":
