@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..ir.edit import Editor, same_shape, shape, value_of
-from ..ir.look_through import other_factor, sole_reader
+from ..ir.look_through import other_factor, same_value, sole_reader
 from ..ir.pattern import bound_arguments, op
 from ..ir.program import Node, shape_text
 from ..ir.rewrite import Decline, Match, Rule
@@ -80,11 +80,21 @@ def activation(node: Node) -> str:
 def _orders(product: Node) -> Iterator[tuple[Node, Node]]:
     """(activation, other factor): silu and gelu before relu and sigmoid, left before right."""
     left, right = arguments(product)
-    if left is right or not is_tensor(left) or not is_tensor(right):
+    if not is_tensor(left) or not is_tensor(right) or same_value(left, right):
         return
     pairs = [(a, b) for a, b in ((left, right), (right, left)) if activation(a)]
-    pairs = [(a, b) for a, b in pairs if b not in a.all_input_nodes]
+    pairs = [(a, b) for a, b in pairs if not _gates_itself(a, b)]
     yield from sorted(pairs, key=lambda pair: activation(pair[0]) in ("relu", "sigmoid"))
+
+
+def _gates_itself(activated: Node, up: Node) -> bool:
+    """Whether the gate is `up` itself, scaled or shifted: x * sigmoid(k x) is no gated MLP."""
+    gate = arguments(activated)[0]
+    while gate is not up and len(gate.all_input_nodes) == 1:
+        if not calls(gate, aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.neg.default):
+            break
+        gate = gate.all_input_nodes[0]
+    return gate is up
 
 
 def _fault(product: Node, activated: Node, up: Node) -> str:

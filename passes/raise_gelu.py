@@ -21,6 +21,7 @@ from ..ir.look_through import number, other_factor, sole_reader
 from ..ir.pattern import bound_arguments, op
 from ..ir.program import Node, Program
 from ..ir.rewrite import Decline, Match, Rule, apply_rules
+from ..ir.text import op_text
 from .contract import Context, Pass, contract
 from .spelling import arguments, calls
 
@@ -113,11 +114,16 @@ class Gelu(Rule):
         if not calls(reader, aten.add.Tensor) or 1 not in map(number, arguments(reader)):  # type: ignore[arg-type]
             return None
         approximate, wanted = _FORMS[node.target]
+        outcome: Match | Decline | None = None
         for x in _bases(arguments(node)[0]):
             found = polynomial(arguments(node)[0], x)
             if found is not None and found.keys() == wanted.keys():
-                return _settle(reader, x, found, approximate)  # type: ignore[arg-type]
-        return None
+                missing = f"1 + {op_text(node)} is not multiplied by x / 2"
+                outcome = outcome or Decline(missing)
+                root = _times_half(reader, x)  # type: ignore[arg-type]
+                if root is not None:
+                    return _settle(root, x, found, approximate)
+        return outcome
 
     def build(self, found: Match, editor: Editor) -> Node:
         x, approximate = found.found["x"], found.found["approximate"]
@@ -126,13 +132,8 @@ class Gelu(Rule):
         return op.gelu(x) if approximate == "none" else op.gelu(x, approximate=approximate)
 
 
-def _settle(one_plus: Node, x: Node, found: Polynomial, approximate: str) -> Match | Decline | None:
-    """The match, if x / 2 is what multiplies and the constants are right."""
-    root = _times_half(one_plus, x)
-    if root is None:
-        return Decline(
-            f"1 + {'erf' if approximate == 'none' else 'tanh'} is not multiplied by x / 2"
-        )
+def _settle(root: Node, x: Node, found: Polynomial, approximate: str) -> Match | Decline:
+    """The match, if the constants are right."""
     wanted = _FORMS[aten.erf.default if approximate == "none" else aten.tanh.default][1]
     if not close(found[1], wanted[1]):
         return Decline(f"the slope is {found[1]:.6g}, not {wanted[1]:.6g}")
