@@ -38,7 +38,8 @@ class MaskEmitter:
     def mask(self, proof: Proof, maskings: tuple[Masking, ...], form: Form) -> Node | None:
         """The attention's mask argument, or None if nothing is left to mask."""
         flat = any(m.space == 3 for m in maskings)
-        key = (proof, maskings, form.single, form.queries if flat else None)
+        told = maskings if proof.explicit else ()
+        key = (proof, told, form.single, form.queries if flat else None)
         if key not in self._made:
             made = self._explicit(maskings, form) if proof.explicit else self._left(proof, form)
             self._made[key] = made
