@@ -1,1 +1,1 @@
-"""Fast forms of our operations, one file each, beside a twin in plain PyTorch."""
+"""Fast forms of operations: one file an operation, each with its plain-torch twin and its SPEC."""

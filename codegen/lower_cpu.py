@@ -1,0 +1,92 @@
+"""Lower a program for the CPU: packed kernels where they serve, references elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..ir.edit import Editor
+from ..ir.pattern import bound_arguments
+from ..ir.program import Node, Program
+from ..kernels.attention_cpu import why_not as attention_why_not
+from ..kernels.linear_affine import PackedAffine, pack
+from .select import Choice, select
+
+_ATEN = torch.ops.aten
+# operator: (schema names of the activations, of the weight and of the bias)
+_PARTS: dict[Any, tuple[str, str | None]] = {
+    _ATEN.linear.default: ("input", "bias"),
+    _ATEN.addmm.default: ("mat1", "self"),
+    _ATEN.mm.default: ("self", None),
+    _ATEN.matmul.default: ("self", None),
+}
+
+
+def lower_for_cpu(program: Program) -> tuple[Program, list[str]]:
+    """A copy with packed kernels, and a sentence for each encoded weight and each attention.
+
+    The copy's weights hold the packed parts in place of the encoded ones; a table and the head
+    tied to it share theirs.
+    """
+    lowered = program.copy()
+    editor = Editor(lowered)
+    selection = select(lowered)
+    for choice in selection.choices:
+        if not choice.declined:
+            _use_packed(editor, choice)
+    sentences = [*selection.sentences, *_lower_attention(editor)]
+    editor.sweep()
+    return lowered, sentences
+
+
+def _use_packed(editor: Editor, choice: Choice) -> None:
+    packed = pack(choice.entry)
+    parts = _packed_weights(editor, choice.name, packed)
+    for product in choice.products:
+        given = bound_arguments(product)
+        activations, bias = _PARTS[product.target]
+        with editor.at(product):
+            new = editor.emit(
+                torch.ops.planish.linear_affine.default,
+                given[activations],
+                *parts,
+                given[bias] if bias else None,
+                *packed.sizes,
+            )
+        editor.replace(product, new)
+    for table in choice.tables:
+        with editor.at(table):
+            ids = bound_arguments(table)["indices"]
+            new = editor.emit(torch.ops.planish.rows_affine.default, ids, *parts, *packed.sizes)
+            if choice.entry.dtype != torch.float32:
+                new = editor.emit(_ATEN._to_copy.default, new, dtype=choice.entry.dtype)
+        editor.replace(table, new)
+
+
+def _packed_weights(editor: Editor, name: str, packed: PackedAffine) -> list[Node | None]:
+    """Nodes of codes, scale and zero."""
+    parts = {"codes": packed.codes, "scale": packed.scale, "zero": packed.zero}
+    return [
+        None if part is None else editor.weight(f"{name}.packed_{kind}", part)
+        for kind, part in parts.items()
+    ]
+
+
+def _lower_attention(editor: Editor) -> list[str]:
+    sentences: list[str] = []
+    attentions = editor.graph.find_nodes(
+        op="call_function", target=torch.ops.planish.attention.default
+    )
+    for node in attentions:
+        given = bound_arguments(node)
+        reason = attention_why_not(given["sinks"], given["softcap"])
+        if reason is not None:
+            sentences.append(f"%{node.name} keeps its scores in memory because {reason}")
+            continue
+        names = ("q", "k", "v", "mask", "scale", "causal", "window")
+        with editor.at(node):
+            arguments = [given[name] for name in names]
+            new = editor.emit(torch.ops.planish.attention_cpu.default, *arguments)
+        editor.replace(node, new)
+    return sentences

@@ -1,0 +1,98 @@
+"""Choose a kernel for every matmul and look-up on an encoded weight, or say why it stays dense."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from ..ir.encoded import Encoded
+from ..ir.pattern import bound_arguments
+from ..ir.program import Node, Program
+from ..ir.weight_roles import Role, weight_roles
+from ..kernels.catalog import kernels
+
+_ATEN = torch.ops.aten
+_PRODUCTS = {
+    _ATEN.linear.default,
+    _ATEN.addmm.default,
+    _ATEN.mm.default,
+    _ATEN.matmul.default,
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What becomes of one encoded weight: its kernels' readers, or the reason for a dense one."""
+
+    name: str
+    entry: Encoded
+    products: tuple[Node, ...] = ()
+    tables: tuple[Node, ...] = ()
+    declined: str = ""
+
+    @property
+    def sentence(self) -> str:
+        what = f"%{self.name} ({self.entry.format.name})"
+        if self.declined:
+            return f"{what} stays dense because {self.declined}"
+        used = ["linear_affine"] * bool(self.products) + ["rows_affine"] * bool(self.tables)
+        return f"{what} runs packed: {', '.join(used)}"
+
+
+@dataclass
+class Selection:
+    """The choices for a program, in graph order."""
+
+    choices: list[Choice] = field(default_factory=list[Choice])
+
+    @property
+    def sentences(self) -> list[str]:
+        return [choice.sentence for choice in self.choices]
+
+
+def select(program: Program) -> Selection:
+    """Choose for every encoded weight of the program that something reads."""
+    roles = {role.name: role for role in weight_roles(program)}
+    selection = Selection()
+    for node in program.weight_nodes():
+        name = str(node.target)
+        entry = program.weights.entry(name)
+        if isinstance(entry, Encoded):
+            selection.choices.append(_choose(name, entry, roles.get(name)))
+    return selection
+
+
+def _choose(name: str, entry: Encoded, role: Role | None) -> Choice:
+    reason = "it is a vector" if role is None else _why_not(entry, role)
+    if reason is not None or role is None:
+        return Choice(name, entry, declined=reason or "")
+    return Choice(name, entry, tuple(role.matmuls), tuple(role.tables))
+
+
+def _why_not(entry: Encoded, role: Role) -> str | None:
+    if role.others:
+        return f"%{role.others[0].name} reads it too, and is neither a matmul nor a look-up"
+    if role.axis is None or role.axis != entry.axis:
+        return "its groups do not lie along the axis that its readers sum over"
+    for product in role.matmuls:
+        if product.target not in _PRODUCTS:
+            return f"%{product.name} is {product.target}, a product of stacks"
+        if reason := _odd_addmm(product):
+            return reason
+        dtype = product.meta["val"].dtype
+        if reason := kernels()["linear_affine"].why_not(entry, dtype):
+            return reason
+    return kernels()["rows_affine"].why_not(entry, entry.dtype) if role.tables else None
+
+
+def _odd_addmm(node: Node) -> str | None:
+    if node.target is not _ATEN.addmm.default:
+        return None
+    given = bound_arguments(node)
+    if given["beta"] != 1 or given["alpha"] != 1:
+        return f"%{node.name} scales its product"
+    bias = given["self"]
+    if bias.meta["val"].dim() != 1 or bias.meta["val"].shape != node.meta["val"].shape[-1:]:
+        return f"%{node.name} adds more than a bias"
+    return None
