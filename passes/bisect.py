@@ -162,8 +162,8 @@ class _PassSearch:
         done = len(self.prefixes) - 1
         good, bad = 0, done + 1
         ends = self._segment_ends(done)
-        for end in ends:  # one segment between LOSSY passes after another
-            if self._lossy(end - 1):
+        for end in ends:  # one segment between passes judged on their own after another
+            if self._on_its_own(end - 1):
                 if self._own_wrong(end - 1):
                     return end - 1
             elif self._prefix_wrong(end):
@@ -199,7 +199,7 @@ class _PassSearch:
         return None
 
     def _next(self, place: int, last: _Prefix, after: Program, journal: Journal) -> _Prefix:
-        if self._lossy(place):
+        if self._on_its_own(place):
             return _Prefix(after, place + 1, {})
         names, hidden = dict(last.names), False
         alive = [{node.name for node in p.program.graph.nodes} for p in self._segment(last.start)]
@@ -220,15 +220,17 @@ class _PassSearch:
         return self.prefixes[start:]
 
     def _segment_ends(self, done: int) -> list[int]:
-        """Prefix lengths to look at first: before and after every LOSSY pass, and the whole."""
+        """Prefix lengths to look at first: around passes judged on their own, and the whole."""
         ends = {done} if done else set[int]()
         for place in range(done):
-            if self._lossy(place):
+            if self._on_its_own(place):
                 ends |= {place, place + 1} - {0}
         return sorted(ends)
 
-    def _lossy(self, place: int) -> bool:
-        return self.passes[place].contract.fidelity is Fidelity.LOSSY
+    def _on_its_own(self, place: int) -> bool:
+        """Whether what comes after the pass cannot be compared with what was before it."""
+        contract = self.passes[place].contract
+        return contract.fidelity is Fidelity.LOSSY or contract.changes_interface
 
     def _own_wrong(self, place: int) -> bool:
         """Whether the pass breaks its own contract."""
@@ -249,6 +251,8 @@ class _PassSearch:
     def _prefix_wrong(self, length: int) -> bool:
         """Whether the first passes together leave their segment's start outside its bounds."""
         prefix = self.prefixes[length]
+        if any(len(probe) != len(prefix.program.inputs) for probe in self.probes):
+            return False  # a pass gave the program other inputs
         between = self.passes[prefix.start : length]
         growth = max((p.contract.growth for p in between), default=1.0)
         exact = all(p.contract.fidelity is Fidelity.EXACT for p in between)

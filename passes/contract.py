@@ -30,6 +30,7 @@ class Contract:
     growth: for BOUNDED, how many times the rounding error against float64 may grow at a touched
     value. min_sqnr: for LOSSY, the least signal-to-quantization-noise ratio (dB) of each changed
     weight. requires, ensures, breaks: facts. needs: "calibration" if batches must be given.
+    changes_interface: the pass adds inputs or outputs, so it compares the programs itself.
     """
 
     fidelity: Fidelity
@@ -39,6 +40,7 @@ class Contract:
     needs: frozenset[str] = frozenset()
     growth: float = 8.0
     min_sqnr: float = 0.0
+    changes_interface: bool = False
 
 
 def contract(
@@ -50,6 +52,7 @@ def contract(
     needs: Sequence[str] = (),
     growth: float = 8.0,
     min_sqnr: float = 0.0,
+    changes_interface: bool = False,
 ) -> Contract:
     """A Contract from plain lists."""
     return Contract(
@@ -60,6 +63,7 @@ def contract(
         frozenset(needs),
         growth,
         min_sqnr,
+        changes_interface,
     )
 
 

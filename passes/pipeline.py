@@ -130,7 +130,7 @@ class Pipeline:
             nodes=(len(before.graph.nodes), len(after.graph.nodes)),
             nbytes=(before.nbytes(), after.nbytes()),
             applied=attempt.journal.applied_records(after),
-            declined=[*attempt.journal.declined_records(), *(d.declined() for d in dropped)],
+            declined=_declined(step, attempt, dropped),
             measured=attempt.verdict.measured,
             rolled_back=[record for d in dropped for record in d.applied],
         )
@@ -189,6 +189,14 @@ class _Dropped:
             return Declined("", f"rewrite {self.number}", "", self.sentence)
         first = self.applied[0]
         return Declined(first.rule, first.before, first.module, self.sentence)
+
+
+def _declined(step: Pass, attempt: Attempt, dropped: list[_Dropped]) -> list[Declined]:
+    """What the rules left alone, what was rolled back, and why numbers were not compared."""
+    declined = [*attempt.journal.declined_records(), *(d.declined() for d in dropped)]
+    if attempt.verdict.unverified:
+        declined.append(Declined(step.pass_name(), "probes", "", attempt.verdict.unverified))
+    return declined
 
 
 __all__ = ["LEVELS", "Pipeline", "find_culprit", "run_pass", "verify_numbers"]

@@ -17,6 +17,7 @@ from planish.ir.history import PassRecord
 from planish.ir.interpret import run
 from planish.ir.pattern import op
 from planish.ir.program import Node, Program
+from planish.passes.bisect import bisect
 from planish.passes.contract import Context, Pass, contract
 from planish.passes.drop_dead import DropDead
 from planish.passes.pipeline import Pipeline
@@ -349,3 +350,23 @@ def test_growth_holds_rounding_and_not_only_meaning() -> None:
     reason = after.history.records[0].declined[0].reason
     assert reason.startswith("rolled back: error")
     assert "against float64, allowed" in reason
+
+
+def test_after_other_inputs_numbers_are_said_to_be_unverified() -> None:
+    @dataclass(frozen=True)
+    class AddInput(planted.Nothing):
+        contract = contract("exact", changes_interface=True)
+
+        def run(self, program: Program, context: Context) -> None:
+            first = program.inputs[0]
+            with program.graph.inserting_after(first):
+                new = program.graph.placeholder("offset")
+            new.meta.update(first.meta)
+
+    passes = [AddInput(), Respell((2,))]
+    after = Pipeline(passes, verify="numbers").run(layers())
+    (sentence,) = [d.sentence() for d in after.history.records[1].declined]
+    assert "numbers not verified: other inputs than the probes" in sentence
+    assert bisect(layers(), passes, [[X]]) is None
+    culprit = bisect(layers(), [Respell((2,)), *passes], [[X]])
+    assert culprit is not None and (culprit.place, culprit.number) == (1, 2)
