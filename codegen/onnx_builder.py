@@ -78,7 +78,7 @@ class Builder:
         name = self.unique(f"{self.base}/{op_type}")
         node = oir.node(
             op_type,
-            list(inputs),
+            _trimmed(inputs),
             {key: value for key, value in attributes.items() if value is not None},
             domain=domain,
             num_outputs=len(dtypes),
@@ -145,6 +145,14 @@ class Builder:
         if value.dtype == dtype:
             return value
         return self.op("Cast", value, dtype=dtype, to=dtype)
+
+
+def _trimmed(inputs: Sequence[Value | None]) -> list[Value | None]:
+    """Without the absent inputs at the end: onnxruntime 1.31.1 crashes on some of those."""
+    kept = list(inputs)
+    while kept and kept[-1] is None:
+        kept.pop()
+    return kept
 
 
 def onnx_dtype(dtype: torch.dtype) -> oir.DataType:

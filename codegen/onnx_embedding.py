@@ -18,7 +18,7 @@ from .onnx_packed import (
     quantized,
     row_tables,
 )
-from .onnx_quantized import float_of, kernel_bits, trimmed
+from .onnx_quantized import float_of, kernel_bits
 from .onnx_shape_ops import cut
 from .onnx_weights import is_matrix_reader, weight_name
 
@@ -57,7 +57,7 @@ def _block_rows(
     name = weight_name(b, node)
     stored = blocks(b, name, encoded, bits, block)
     scale = b.op("Unsqueeze", b.cast(stored.scale, float_of(encoded)), b.ints([2]))
-    inputs = trimmed([stored.codes, ids, scale, block_zeros(b, name, encoded, block)])
+    inputs = [stored.codes, ids, scale, block_zeros(b, name, encoded, block)]
     more = {"gather_axis": 0, "quantize_axis": 2, "block_size": block, "bits": bits}
     rows = b.op("GatherBlockQuantized", *inputs, domain=CONTRIB, dtype=scale.dtype, **more)
     length = encoded.shape[1]

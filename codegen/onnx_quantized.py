@@ -57,7 +57,7 @@ def _nbits_product(
     scale = b.cast(stored.scale, x.dtype or _FLOAT32)
     return b.op(
         "MatMulNBits",
-        *trimmed([x, stored.codes, scale, stored.zero, None, bias]),
+        *[x, stored.codes, scale, stored.zero, None, bias],
         domain=CONTRIB,
         K=length,
         N=out,
@@ -65,13 +65,6 @@ def _nbits_product(
         block_size=block,
         accuracy_level=4 if b.options.activations == "int8" else 1,
     )
-
-
-def trimmed(inputs: list[Value | None]) -> list[Value | None]:
-    """Inputs without the absent ones at the end."""
-    while inputs and inputs[-1] is None:
-        inputs.pop()
-    return inputs
 
 
 def _columns(b: Builder, node: Node, encoded: Encoded) -> Value:
@@ -88,7 +81,7 @@ def _columns(b: Builder, node: Node, encoded: Encoded) -> Value:
 def _dequantized(b: Builder, name: str, encoded: Encoded, order: list[int], form: str) -> Value:
     stored = quantized(b, name, encoded, order, form)
     scale = b.cast(stored.scale, float_of(encoded))
-    inputs = trimmed([stored.codes, scale, stored.zero])
+    inputs = [stored.codes, scale, stored.zero]
     more: dict[str, Any] = {"axis": stored.axis, "block_size": stored.block}
     return b.op("DequantizeLinear", *inputs, dtype=scale.dtype, **more)
 
