@@ -129,6 +129,7 @@ class _Run:
             self.stale.update(node.users)
         node.replace_all_uses_with(outcome.node)
         self.journal.replaced(self.name, node, outcome.node)
+        self.program.graph.erase_node(node)
 
     def _write_number(self, node: Node, value: int) -> None:
         for user in list(node.users):
