@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.node import map_arg
 
@@ -147,7 +148,8 @@ def infer(node: Node, mode: FakeTensorMode) -> Any:
 
     args = map_arg(node.args, value)
     kwargs = map_arg(node.kwargs, value)
-    with torch.no_grad(), mode:
+    # Some shape rules take symbolic sizes only through the Python dispatcher (baddbmm's expand).
+    with torch.no_grad(), mode, enable_python_dispatcher():
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
