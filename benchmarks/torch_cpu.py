@@ -103,7 +103,7 @@ def model(options: argparse.Namespace) -> None:
     for length in options.lengths:
         ids = torch.randint(0, 1000, (1, length))
         flat = [ids, torch.ones_like(ids)][: len(program.inputs)]
-        calls = {name: (lambda run=run: run(*flat)) for name, run in runs.items()}
+        calls = {name: (lambda run=run, flat=flat: run(*flat)) for name, run in runs.items()}
         told(f"{length} tokens", interleaved(calls, options.rounds, 1))
 
 

@@ -9,17 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ir import ops  # noqa: F401  (registers planish::attention)
+from ..ir.ops import _attention as reference
 from .spec import Cost, KernelSpec
-
-_ATTENTION = torch.ops.planish.attention.default
 
 
 def attention_cpu_twin(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool, window: int
 ) -> Tensor:
     """The reference of `planish::attention` without sinks and soft cap."""
-    return _ATTENTION(q, k, v, mask, scale=scale, causal=causal, window=window)
+    return reference(q, k, v, mask, scale=scale, causal=causal, window=window)
 
 
 def why_not(sinks: object, softcap: float) -> str | None:
