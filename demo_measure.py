@@ -7,16 +7,18 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .demo_models import Forward
+from .demo_models import Advance
 
 SLICE, SLICES = 512, 2
-PREFIX, DECODED = 128, 4
+PREFIX, DECODED = 128, 32
 ROUNDS = 3
 SENTENCE = 128
+DECODE_FORM = "without a KV cache, a whole forward for each token"
 _BLOCK = 64
 
 
@@ -25,7 +27,7 @@ class Row:
     """One line of the tables. Sizes are in bytes, speeds in tokens a second, times in seconds."""
 
     name: str
-    forward: Forward
+    forward: Callable[[Tensor, Any], Any]
     size: int
     seconds: float | None = None
     peak_memory: int | None = None
@@ -60,13 +62,14 @@ def measure_language(rows: list[Row], ids: Tensor) -> Iterator[Step]:
         reference: Tensor | None = None
         for row in rows:
             yield done, steps, row.name
-            logits = row.timed("prefill", lambda row=row, part=part: _forward(row, part))
+            logits = row.timed("prefill", lambda row=row, part=part: row.forward(part, None)[0])
             reference = logits if reference is None else reference
             if turn < SLICES:
                 loss, divergence = compare_logits(reference[0], logits[0], part[0])
                 for key, value in (("loss", loss), ("kl", divergence)):
                     row.values[key] = row.values.get(key, 0.0) + value / SLICES
-            row.timed("decode", lambda row=row: decode_without_cache(row.forward, slices[0]))
+            logits, kept = row.forward(slices[0][:, :PREFIX], None)
+            row.timed("decode", lambda row=row, a=logits, b=kept: decode(row.forward, a, b))
             done += 1
     for row in rows:
         row.values["perplexity"] = math.exp(row.values["loss"])
@@ -79,13 +82,13 @@ def _forward(row: Row, ids: Tensor) -> Tensor:
     return row.forward(ids, torch.ones_like(ids))
 
 
-def decode_without_cache(forward: Forward, ids: Tensor) -> Tensor:
-    """Greedy decoding of DECODED tokens after PREFIX ones, a full forward for each."""
-    text = ids[:, :PREFIX]
+def decode(advance: Advance, logits: Tensor, kept: Any) -> Tensor:
+    """Greedy decoding of DECODED tokens after a prefix, each from the KV cache kept so far."""
+    text: list[Tensor] = []
     for _ in range(DECODED):
-        following = forward(text, torch.ones_like(text))[:, -1].argmax(-1, keepdim=True)
-        text = torch.cat([text, following], dim=1)
-    return text
+        text.append(logits[:, -1:].argmax(-1))
+        logits, kept = advance(text[-1], kept)
+    return torch.cat(text, 1)
 
 
 def compare_logits(reference: Tensor, found: Tensor, ids: Tensor) -> tuple[float, float]:
