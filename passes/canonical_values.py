@@ -15,6 +15,7 @@ from .spelling import Outcome, Same, Spelled, arguments, calls, is_tensor, same_
 
 aten = torch.ops.aten
 
+
 def copy_of(node: Node) -> Outcome:
     """clone, alias, detach, lift_fresh_copy, contiguous: the value, in a functional program."""
     source = arguments(node)[0]
