@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +16,9 @@ from .ir.errors import MissingExtra
 
 Forward = Callable[[Tensor, Tensor], Tensor]
 """int64 token ids and mask [batch, length] to the model's first output."""
+
+Advance = Callable[[Tensor, Any], tuple[Tensor, Any]]
+"""int64 token ids [batch, length] and what was kept (None at first) to logits and what is kept."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,34 @@ def eager(module: nn.Module) -> Forward:
             return module(input_ids=ids, attention_mask=mask)[0]
 
     return forward
+
+
+def eager_advance(module: nn.Module) -> Advance:
+    """The original decoder in PyTorch, uncompiled, with its own library's KV cache."""
+
+    def advance(ids: Tensor, kept: Any) -> tuple[Tensor, Any]:
+        with torch.inference_mode():
+            result = module(input_ids=ids, past_key_values=kept, use_cache=True)
+        return result.logits, result.past_key_values
+
+    return advance
+
+
+def onnx_advance(folder: Path) -> Advance:
+    """An exported decoder with a KV cache in onnxruntime."""
+    from .codegen.run_onnx import OnnxModel
+
+    model = OnnxModel(folder)
+    first, *caches = model.session.get_inputs()
+
+    def advance(ids: Tensor, kept: Any) -> tuple[Tensor, Any]:
+        if kept is None:
+            kept = [np.zeros((len(ids), c.shape[1], 0, c.shape[3]), np.float32) for c in caches]
+        given = {cache.name: value for cache, value in zip(caches, kept, strict=True)}
+        logits, *kept = model.session.run(None, {first.name: ids.numpy(), **given})
+        return torch.from_numpy(logits), kept
+
+    return advance
 
 
 def onnx_forward(folder: Path) -> Forward:
