@@ -14,10 +14,19 @@ from .spec import Cost, KernelSpec
 
 
 def attention_cpu_twin(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool, window: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int,
+    uniform: bool,
 ) -> Tensor:
     """The reference of `planish::attention` without sinks and soft cap."""
-    return reference(q, k, v, mask, scale=scale, causal=causal, window=window)
+    return reference(
+        q, k, v, mask, scale=scale, causal=causal, window=window, uniform_if_blind=uniform
+    )
 
 
 def why_not(sinks: object, softcap: float) -> str | None:
@@ -30,14 +39,22 @@ def why_not(sinks: object, softcap: float) -> str | None:
 
 
 def _launch(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool, window: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int,
+    uniform: bool,
 ) -> Tensor:
     queries, keys = q.shape[2], k.shape[2]
     causal = causal and queries > 1
     if 0 < window < keys:
-        return attention_cpu_twin(q, k, v, mask, scale, True, window).contiguous()
-    if causal and (mask is not None or queries != keys):
-        return attention_cpu_twin(q, k, v, mask, scale, True, 0).contiguous()
+        return attention_cpu_twin(q, k, v, mask, scale, causal, window, uniform).contiguous()
+    masked = mask is not None and (causal or uniform)
+    if masked or (causal and queries != keys):
+        return attention_cpu_twin(q, k, v, mask, scale, causal, 0, uniform).contiguous()
     grouped = q.shape[1] != k.shape[1]
     return torch.nn.functional.scaled_dot_product_attention(
         q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped
@@ -53,13 +70,20 @@ def cost(batch: int, heads: int, kv_heads: int, queries: int, keys: int, head: i
 _LIBRARY = torch.library.Library("planish", "FRAGMENT")
 _LIBRARY.define(
     "attention_cpu(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool causal, "
-    "int window) -> Tensor"
+    "int window, bool uniform) -> Tensor"
 )
 _LIBRARY.impl("attention_cpu", _launch, "CPU")
 
 
 def _fake(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool, window: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int,
+    uniform: bool,
 ) -> Tensor:
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
 

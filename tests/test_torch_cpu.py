@@ -151,7 +151,7 @@ def test_attention_in_every_case(
         rows = torch.arange(queries)
         mask[..., rows, rows + keys - queries] = True  # every query sees its own key
         mask = mask if masked == "bool" else torch.where(mask, 0.0, -3.0)
-    got = torch.ops.planish.attention_cpu(q, k, v, mask, 0.3, True, window)
+    got = torch.ops.planish.attention_cpu(q, k, v, mask, 0.3, True, window, False)
     wide = None if mask is None else mask.double() if masked == "float" else mask
     truth = torch.ops.planish.attention(
         q.double(), k.double(), v.double(), wide, scale=0.3, causal=True, window=window
@@ -159,6 +159,22 @@ def test_attention_in_every_case(
     plain = torch.ops.planish.attention(q, k, v, mask, scale=0.3, causal=True, window=window)
     allowed = (plain - truth).nan_to_num().abs().max() + torch.finfo(torch.float32).eps * 4
     assert (got - truth).nan_to_num().abs().max() <= 4 * allowed
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_blind_queries_as_the_operation_says(uniform: bool, causal: bool) -> None:
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 6, 5, 10), torch.randn(2, 3, 5, 10)
+    mask = torch.ones(2, 1, 1, 5, dtype=torch.bool)
+    mask[1, ..., :2] = False  # left padding: with a causal mask, two queries see nothing
+    if not causal:
+        mask[1] = False
+    form = {"scale": 0.3, "causal": causal, "uniform_if_blind": uniform}
+    wanted = torch.ops.planish.attention(q, k, k, mask, **form)
+    got = torch.ops.planish.attention_cpu(q, k, k, mask, 0.3, causal, 0, uniform)
+    assert bool(wanted[1, :, 0].any()) == uniform, "the case is what it is meant to be"
+    torch.testing.assert_close(got, wanted)
 
 
 def test_one_query_and_square_causal_attention_build_no_mask(
@@ -172,9 +188,9 @@ def test_one_query_and_square_causal_attention_build_no_mask(
     monkeypatch.setattr(ops, "_visible", refuse)
     for queries, keys in ((1, 9), (9, 9)):
         q, k = torch.randn(1, 4, queries, 8), torch.randn(1, 2, keys, 8)
-        torch.ops.planish.attention_cpu(q, k, k, None, 1.0, True, 0)
+        torch.ops.planish.attention_cpu(q, k, k, None, 1.0, True, 0, False)
     with pytest.raises(AssertionError, match="a mask was built"):
-        torch.ops.planish.attention_cpu(q[:, :, :3], k, k, None, 1.0, True, 0)
+        torch.ops.planish.attention_cpu(q[:, :, :3], k, k, None, 1.0, True, 0, False)
 
 
 def test_folder_round_trip(tmp_path: Path) -> None:
