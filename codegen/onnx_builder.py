@@ -19,6 +19,8 @@ Value = oir.Value
 CONTRIB = "com.microsoft"
 INT32 = oir.DataType.INT32
 INT64 = oir.DataType.INT64
+FLOAT = oir.DataType.FLOAT
+DOUBLE = oir.DataType.DOUBLE
 BOOL = oir.DataType.BOOL
 
 

@@ -7,6 +7,7 @@ import torch
 
 from .onnx_builder import Value
 from .onnx_call import Call, Table
+from .onnx_shape_ops import expand, reshape
 from .onnx_weights import is_weight, shifted_weight
 
 
@@ -69,19 +70,19 @@ def _batch_norm(call: Call) -> Value:
     return call.op("BatchNormalization", *inputs, epsilon=float(call["eps"]))
 
 
-def rotary(call: Call) -> Value:
-    """planish::rotary on [batch, heads, length, channels] by ONNX's own op, else spelled out."""
+def _rotary(call: Call) -> Value | None:
+    """planish::rotary by ONNX's own op; None for layouts that it does not know.
+
+    x must be [batch, heads, length, channels], the angles alike for all heads.
+    """
     x, cos = call.shape_of("x"), call.shape_of("cos")
-    half, channels = cos[-1], x[-1]
-    per_token = len(cos) < 3 or all(length == 1 for length in cos[1:-2])
-    if len(x) != 4 or len(cos) not in (2, 3, 4) or not per_token or not isinstance(half, int):
-        raise call.refuse(f"rotary of {x} by angles {cos}")
-    if len(cos) == 3 and cos[0] != 1:
-        raise call.refuse(f"rotary of {x} by angles {cos} of each head")
+    for_all_heads = all(length == 1 for length in cos[-3:-2])
+    if len(x) != 4 or len(cos) < 2 or not for_all_heads or not isinstance(cos[-1], int):
+        return None
     tables = [_table(call, name) for name in ("cos", "sin")]
     more = {"interleaved": int(call["interleaved"])}
-    if 2 * half != channels:
-        more["rotary_embedding_dim"] = 2 * half
+    if 2 * cos[-1] != x[-1]:
+        more["rotary_embedding_dim"] = 2 * cos[-1]
     return call.op("RotaryEmbedding", call.value("x"), *tables, **more)
 
 
@@ -93,8 +94,6 @@ def _table(call: Call, name: str) -> Value:
     batch = have[0] if len(have) == 4 else 1
 
     def make() -> Value:
-        from .onnx_shape_ops import expand, reshape
-
         flat = reshape(call.b, value, have, [batch, have[-2], have[-1]])
         return expand(call.b, flat, [batch, have[-2], have[-1]], wanted)
 
@@ -108,5 +107,5 @@ TABLE: Table = {
     "aten.group_norm": _group_norm,
     "aten.batch_norm": _batch_norm,
     "planish.rms_norm": _rms_norm,
-    "planish.rotary": rotary,
+    "planish.rotary": _rotary,
 }

@@ -15,7 +15,7 @@ import onnx_ir as oir
 
 from ..ir.encoded import Encoded
 from ..ir.program import Node
-from .onnx_builder import CONTRIB, Builder, Value, onnx_dtype
+from .onnx_builder import CONTRIB, DOUBLE, FLOAT, Builder, Value, onnx_dtype
 from .onnx_packed import (
     affine,
     block_size,
@@ -24,8 +24,6 @@ from .onnx_packed import (
     quantized,
 )
 from .onnx_weights import weight_name
-
-_FLOAT32 = oir.DataType.FLOAT
 
 
 def kernel_bits(b: Builder, encoded: Encoded) -> int | None:
@@ -43,7 +41,7 @@ def matrix_product(b: Builder, node: Node, encoded: Encoded, x: Value, bias: Val
     bits = kernel_bits(b, encoded)
     if bits is not None:
         return _nbits_product(b, node, encoded, bits, x, bias)
-    product = b.op("MatMul", x, b.cast(_columns(b, node, encoded), x.dtype or _FLOAT32))
+    product = b.op("MatMul", x, b.cast(_columns(b, node, encoded), x.dtype or FLOAT))
     return product if bias is None else b.op("Add", product, bias)
 
 
@@ -54,7 +52,7 @@ def _nbits_product(
     assert block is not None
     stored = blocks(b, weight_name(b, node), encoded, bits, block)
     out, length = encoded.rows_shape
-    scale = b.cast(stored.scale, x.dtype or _FLOAT32)
+    scale = b.cast(stored.scale, x.dtype or FLOAT)
     return b.op(
         "MatMulNBits",
         *[x, stored.codes, scale, stored.zero, None, bias],
@@ -89,7 +87,7 @@ def _dequantized(b: Builder, name: str, encoded: Encoded, order: list[int], form
 def float_of(encoded: Encoded) -> oir.DataType:
     """The dtype to compute in: the weight's own, but at least float32."""
     own = onnx_dtype(encoded.dtype)
-    return own if own == oir.DataType.DOUBLE else _FLOAT32
+    return own if own == DOUBLE else FLOAT
 
 
 def dequantized_weight(b: Builder, node: Node, encoded: Encoded) -> Value:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 from .onnx_builder import BOOL, INT32, INT64, Value
 from .onnx_call import Call, Table, Translation
-from .onnx_sizes import size_vector
+from .onnx_sizes import size_scalar, size_vector
 
 
 def _axes(call: Call) -> list[int]:
@@ -32,6 +33,23 @@ def _over(call: Call, op_type: str, value: Value) -> Value:
         return value
     keep = int(call.get("keepdim", False))
     return call.op(op_type, value, call.b.ints(axes), keepdims=keep)
+
+
+def _variance(call: Call) -> tuple[Value, Value]:
+    """Variance and mean: sum of squared deviations / (count - correction)."""
+    b, axes = call.b, _axes(call)
+    x, places = call.value("self"), b.ints(axes)
+    centre = call.op("ReduceMean", x, places, keepdims=1)
+    deviation = call.op("Sub", x, centre)
+    squares = call.op("Mul", deviation, deviation)
+    keep = int(call.get("keepdim", False))
+    total = call.op("ReduceSum", squares, places, keepdims=keep)
+    shape = call.shape_of("self")
+    counts = [b.cast(size_scalar(b, shape[axis]), call.dtype) for axis in axes]
+    count = reduce(lambda left, right: call.op("Mul", left, right), counts)
+    count = call.op("Sub", count, call.number(call.get("correction", 1)))
+    mean = centre if keep else call.op("ReduceMean", x, places, keepdims=0)
+    return call.op("Div", total, count), mean
 
 
 def _truth(op_type: str) -> Translation:
@@ -106,6 +124,8 @@ TABLE: Table = {
     "aten.max.dim": _extreme("ReduceMax", "ArgMax"),
     "aten.min.dim": _extreme("ReduceMin", "ArgMin"),
     "aten.logsumexp": _reduce("ReduceLogSumExp"),
+    "aten.var.correction": lambda call: _variance(call)[0],
+    "aten.var_mean.correction": lambda call: list(_variance(call)),
     "aten.any": _truth("ReduceMax"),
     "aten.all": _truth("ReduceMin"),
     "aten.argmax": _arg("ArgMax"),

@@ -16,9 +16,11 @@ from torch import fx
 from torch.utils._sympy import functions as sizes_of_torch
 
 from ..ir.errors import UnsupportedByTarget
-from .onnx_builder import INT64, Builder, Value
+from .onnx_builder import DOUBLE, FLOAT, INT64, Builder, Value
 
 Size = int | sympy.Expr
+SIZES = (torch.SymInt, torch.SymFloat)
+"""What a capture knows as an expression; no node of the program is needed to compute it."""
 
 
 def size(value: Any) -> Size:
@@ -39,7 +41,7 @@ def is_size(value: Any) -> bool:
     """Whether an argument is a size that is known only at run time."""
     if isinstance(value, fx.Node):
         value = value.meta.get("val")
-    return isinstance(value, torch.SymInt)
+    return isinstance(value, SIZES)
 
 
 def bind_symbols(b: Builder, value: Value, shape: Sequence[Any]) -> None:
@@ -58,7 +60,11 @@ def size_vector(b: Builder, value: Any) -> Value:
 
 
 def size_scalar(b: Builder, value: Any) -> Value:
-    """A size as an int64 scalar."""
+    """A size as an int64 scalar, or a number computed from sizes as a float32 scalar."""
+    known = value.meta["val"] if isinstance(value, fx.Node) else value
+    if isinstance(known, torch.SymFloat):
+        vector = b.cast(_number(b, known.node.expr), FLOAT)
+        return b.op("Squeeze", vector, b.ints([0]))
     expression = size(value)
     if isinstance(expression, int):
         return b.constant(expression, INT64)
@@ -87,13 +93,30 @@ def _emit(b: Builder, expression: sympy.Expr) -> Value:
     parts = [size_vector(b, part) for part in expression.args]
     rule = _RULES.get(type(expression))
     if rule is None:
-        raise UnsupportedByTarget(
-            f"ONNX cannot compute a size of the form {type(expression).__name__}",
-            where=f"%{b.base} ({b.module})" if b.module else f"%{b.base}",
-            found=str(expression),
-            fix="capture the model with this axis fixed",
-        )
+        raise _unknown(b, expression)
     return rule(b, expression, parts)
+
+
+def _number(b: Builder, expression: Any) -> Value:
+    """An expression with fractions as a float64 vector of one element."""
+    if expression.is_number:
+        return b.constant([float(expression)], DOUBLE)
+    if isinstance(expression, sympy.Symbol):
+        return b.cast(size_vector(b, expression), DOUBLE)
+    parts = [_number(b, part) for part in expression.args]
+    rule = _NUMBER_RULES.get(type(expression))
+    if rule is None:
+        raise _unknown(b, expression)
+    return rule(b, expression, parts)
+
+
+def _unknown(b: Builder, expression: sympy.Expr) -> UnsupportedByTarget:
+    return UnsupportedByTarget(
+        f"ONNX cannot compute a size of the form {type(expression).__name__}",
+        where=f"%{b.base} in {b.module or 'the root module'}",
+        found=str(expression),
+        fix="capture the model with this axis fixed",
+    )
 
 
 def _read(b: Builder, symbol: sympy.Symbol) -> Value:
@@ -149,6 +172,18 @@ _RULES: dict[Any, Rule] = {
     sizes_of_torch.PythonMod: _fold("Mod"),
     sizes_of_torch.ModularIndexing: _modular,
     sizes_of_torch.PowByNatural: _power,
+}
+
+
+_NUMBER_RULES: dict[Any, Rule] = {
+    sympy.Add: _fold("Add"),
+    sympy.Mul: _fold("Mul"),
+    sympy.Pow: _power,
+    sizes_of_torch.IntTrueDiv: _fold("Div"),
+    sizes_of_torch.FloatTrueDiv: _fold("Div"),
+    sizes_of_torch.FloatPow: _power,
+    sizes_of_torch.ToFloat: lambda b, expression, parts: parts[0],
+    sizes_of_torch.OpaqueUnaryFn_sqrt: lambda b, expression, parts: b.op("Sqrt", parts[0]),
 }
 
 

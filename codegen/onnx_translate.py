@@ -19,7 +19,7 @@ from ..ir.pattern import bound_arguments
 from ..ir.program import Node
 from .onnx_builder import Builder, Value
 from .onnx_call import Call, read, unsupported
-from .onnx_sizes import bind_symbols
+from .onnx_sizes import SIZES, bind_symbols
 from .onnx_table import translation
 
 
@@ -37,7 +37,7 @@ def live_nodes(graph: fx.Graph, results: Iterable[Any]) -> list[Node]:
 
 
 def _is_size(node: Node) -> bool:
-    return isinstance(node.meta.get("val"), (torch.SymInt, int))
+    return isinstance(node.meta.get("val"), (*SIZES, int, float))
 
 
 def translate_program(b: Builder, results: Iterable[Any]) -> None:
@@ -82,11 +82,11 @@ def _decomposed(b: Builder, node: Node, depth: int) -> Any:
     graph = _definition(node) if depth < 4 else None
     if graph is None:
         raise unsupported(node, "neither a translation nor a decomposition")
-    outer = [read for read in node.all_input_nodes if not _is_size(read)]
     placeholders = [inner for inner in graph.nodes if inner.op == "placeholder"]
-    for inner, value in zip(placeholders, outer, strict=True):
-        inner.meta["val"] = value.meta["val"]
-        b.values[inner] = read(b, value)
+    for inner, outer in zip(placeholders, node.all_input_nodes, strict=True):
+        inner.meta["val"] = outer.meta["val"]
+        if not _is_size(outer):
+            b.values[inner] = read(b, outer)
     output = next(inner for inner in graph.nodes if inner.op == "output")
     results: Any = output.args[0]
     for inner in live_nodes(graph, output.all_input_nodes):
@@ -100,18 +100,14 @@ def _decomposed(b: Builder, node: Node, depth: int) -> Any:
 def _definition(node: Node) -> fx.Graph | None:
     """The node in smaller operations, or None where it has none."""
     target: Any = node.target
-    outer = [read for read in node.all_input_nodes if not _is_size(read)]
-    fakes = [read.meta["val"] for read in outer]
+    outer = node.all_input_nodes
 
     def call(*values: Any) -> Any:
         given = dict(zip(outer, values, strict=True))
+        args, kwargs = map_arg((node.args, node.kwargs), lambda read: given[read])
+        return target(*args, **kwargs)
 
-        def argument(read: Node) -> Any:
-            return given[read] if read in given else read.meta["val"]
-
-        args = map_arg(node.args, argument)
-        return target(*args, **map_arg(node.kwargs, argument))
-
+    fakes = [read.meta["val"] for read in outer]
     table: Any = {op: rule for op, rule in core_aten_decompositions().items() if op is target}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
