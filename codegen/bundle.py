@@ -112,11 +112,12 @@ def _put_in_place(aside: Path, folder: Path, force: bool) -> None:
     check_output(folder, force)  # it may have appeared meanwhile
     old = _beside(folder, ".old")
     kept = old / folder.name
-    folder.rename(kept)
     try:
+        folder.rename(kept)
         aside.rename(folder)
     except BaseException:
-        kept.rename(folder)
+        if kept.exists() and not folder.exists():
+            kept.rename(folder)
         old.rmdir()
         raise
     shutil.rmtree(old, ignore_errors=True)

@@ -18,6 +18,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from ..ir.errors import WrongOption
 from ..ir.program import Node, Program
 from ..ir.text import value_names
 from .onnx_builder import CONTRIB, INT64, Builder, Options, Value, meta, onnx_dtype
@@ -45,8 +46,15 @@ def export(
     profile: "ort" may use onnxruntime's own operators, "standard" only those of ONNX. activations:
     "float" computes what the program computes; "int8" lets onnxruntime round the activations of
     packed linears to 8 bits, which is faster and a loss on top of the weights' own. metadata: told
-    in the model's properties. Raises UnsupportedByTarget.
+    in the model's properties. Raises UnsupportedByTarget, WrongOption.
     """
+    if activations == "int8" and profile != "ort":
+        raise WrongOption(
+            "only profile ort has products of 8 bit activations",
+            expected='activations="float", or profile="ort"',
+            found=f'activations="int8" with profile={profile!r}',
+            fix="leave activations out",
+        )
     model = build(program, Options(profile, activations), metadata)
     oir.save(model, folder / MODEL, external_data=WEIGHTS)
 
