@@ -157,7 +157,7 @@ def _measure(stage: Stage) -> dict[str, Any]:
     original = load_original(stage.source)
     language = stage.model is LANGUAGE_MODEL
     run = eager_advance(original) if language else eager(original)
-    rows = [Row("original (torch eager)", run, stage.original_size)]
+    rows = [Row("original", run, stage.original_size)]
     for recipe, folder in stage.exports.items():
         report = stage.reports[recipe]
         rows.append(

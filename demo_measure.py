@@ -18,7 +18,7 @@ SLICE, SLICES = 512, 2
 PREFIX, DECODED = 128, 32
 ROUNDS = 3
 SENTENCE = 128
-DECODE_FORM = "without a KV cache, a whole forward for each token"
+DECODE_FORM = f"{DECODED} tokens, one by one, after {PREFIX}, with a KV cache"
 _BLOCK = 64
 
 
