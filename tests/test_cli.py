@@ -158,7 +158,9 @@ def test_an_interruption_leaves_nothing(
 )
 def test_a_signal_leaves_nothing(number: int, code: int, work: Path, saved: Path) -> None:
     script = (
-        "import sys, time\nfrom planish import cli\nfrom planish.codegen import bundle\n"
+        "import signal, sys, time\nfrom planish import cli\nfrom planish.codegen import bundle\n"
+        # a shell ignores it for what it runs in the background, and children inherit that
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def wait(*arguments):\n    print('ready', flush=True)\n    time.sleep(60)\n"
         "bundle._put_in_place = wait\n"
         f"sys.argv = ['planish', 'export', {str(saved)!r}, '--recipe', 'small.yaml',"
