@@ -21,6 +21,8 @@ INT32 = oir.DataType.INT32
 INT64 = oir.DataType.INT64
 FLOAT = oir.DataType.FLOAT
 DOUBLE = oir.DataType.DOUBLE
+BFLOAT16 = oir.DataType.BFLOAT16
+_ANY_DTYPE = {"Cast", "Reshape", "Unsqueeze", "Squeeze", "Transpose", "Identity", "Shape"}
 BOOL = oir.DataType.BOOL
 
 
@@ -76,7 +78,16 @@ class Builder:
         domain: str = "",
         **attributes: Any,
     ) -> list[Value]:
-        """One node with an output for each of `dtypes`; None is the dtype of the first input."""
+        """One node with an output for each of `dtypes`; None is the dtype of the first input.
+
+        bfloat16 is computed in float32 and rounded, for onnxruntime's processor kernels lack it.
+        """
+        if op_type not in _ANY_DTYPE and any(i is not None and i.dtype == BFLOAT16 for i in inputs):
+            wide = [self.cast(i, FLOAT) if i and i.dtype == BFLOAT16 else i for i in inputs]
+            narrow = [kind or BFLOAT16 for kind in dtypes]
+            kinds = [FLOAT if kind == BFLOAT16 else kind for kind in narrow]
+            found = self.ops(op_type, wide, kinds, domain, **attributes)
+            return [self.cast(*pair) for pair in zip(found, narrow, strict=True)]
         name = self.unique(f"{self.base}/{op_type}")
         node = oir.node(
             op_type,

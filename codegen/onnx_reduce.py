@@ -52,6 +52,15 @@ def _variance(call: Call) -> tuple[Value, Value]:
     return call.op("Div", total, count), mean
 
 
+def _average_pool(call: Call) -> Value | None:
+    """adaptive_avg_pool to one value a channel; other sizes decompose."""
+    wanted = list(call["output_size"])
+    if any(length != 1 for length in wanted):
+        return None
+    axes = list(range(-len(wanted), 0))
+    return call.op("ReduceMean", call.value("self"), call.b.ints(axes), keepdims=1)
+
+
 def _truth(op_type: str) -> Translation:
     """any and all: the largest or smallest of 0 and 1."""
 
@@ -126,6 +135,8 @@ TABLE: Table = {
     "aten.logsumexp": _reduce("ReduceLogSumExp"),
     "aten.var.correction": lambda call: _variance(call)[0],
     "aten.var_mean.correction": lambda call: list(_variance(call)),
+    "aten.adaptive_avg_pool1d": _average_pool,
+    "aten.adaptive_avg_pool2d": _average_pool,
     "aten.any": _truth("ReduceMax"),
     "aten.all": _truth("ReduceMin"),
     "aten.argmax": _arg("ArgMax"),

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import warnings
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from typing import Any
 
 import onnx_ir as oir
 import torch
 from torch import fx
 from torch._decomp import core_aten_decompositions
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
@@ -97,6 +99,23 @@ def _decomposed(b: Builder, node: Node, depth: int) -> Any:
     return b.values[results]
 
 
+@contextlib.contextmanager
+def _free_sizes(node: Node, fakes: list[Any]) -> Generator[None]:
+    """Refuse a decomposition that works for one size only, and take back what it assumed."""
+    envs = [fake.fake_mode.shape_env for fake in fakes if isinstance(fake, FakeTensor)]
+    env = next((env for env in envs if env is not None), None)
+    before = {} if env is None else dict(env.replacements)
+    yield
+    if env is None or env.replacements == before:
+        return
+    fixed = {str(s): str(e) for s, e in env.replacements.items() if s not in before}
+    env.replacements.clear()
+    env.replacements.update(before)
+    env._replacements_version_counter += 1  # sizes keep their expressions until this changes
+    env._update_version_counter()
+    raise unsupported(node, f"its decomposition fixes free sizes: {fixed}")
+
+
 def _definition(node: Node) -> fx.Graph | None:
     """The node in smaller operations, or None where it has none."""
     target: Any = node.target
@@ -109,7 +128,7 @@ def _definition(node: Node) -> fx.Graph | None:
 
     fakes = [read.meta["val"] for read in outer]
     table: Any = {op: rule for op, rule in core_aten_decompositions().items() if op is target}
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), _free_sizes(node, fakes):
         warnings.simplefilter("ignore")
         traced = make_fx(call, decomposition_table=table, _allow_non_fake_inputs=True)(*fakes)
     calls = [inner for inner in traced.graph.nodes if inner.op == "call_function"]

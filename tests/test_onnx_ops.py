@@ -205,6 +205,7 @@ CASES: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
         (floats(5, 4, 9, 8), floats(6, 2, 3, 2), floats(6), [2, 1], [1, 0], [1, 1], 2),
         {},
     ),
+    "pool": (aten.adaptive_avg_pool1d.default, (D, [1]), {}),
     "group_norm": (aten.group_norm.default, (floats(5, 6, 4), 3, floats(6), floats(6)), {}),
     "aten_rms_norm": (aten.rms_norm.default, (X, [7], floats(7), 1e-5), {}),
     "layer_norm": (aten.layer_norm.default, (D, [7, 3], None, None), {}),
@@ -333,6 +334,17 @@ def test_what_is_refused_names_the_node_and_the_reason() -> None:
     with pytest.raises(UnsupportedByTarget, match="conv") as told:
         build(program, Options(), {})
     assert "in layer" in told.value.where and told.value.found
+
+
+def test_a_decomposition_for_one_size_only_is_refused() -> None:
+    program = program_of(
+        aten.im2col.default, (D[..., None], [5, 1], [1, 1], [2, 0], [1, 1]), free=3
+    )
+    shape = str(program.inputs[0].meta["val"].shape)
+    with pytest.raises(UnsupportedByTarget, match="im2col") as told:
+        build(program, Options(), {})
+    assert "fixes free sizes" in told.value.found
+    assert str(program.inputs[0].meta["val"].shape) == shape
 
 
 def test_reshapes_of_free_axes_are_constants(tmp_path: Path) -> None:
