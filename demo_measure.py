@@ -20,6 +20,7 @@ ROUNDS = 3
 SENTENCE = 128
 DECODE_FORM = f"{DECODED} tokens, one by one, after {PREFIX}, with a KV cache"
 _BLOCK = 64
+_SETTLE = 0.05  # seconds; the threads of the runtime that ran before spin for a while
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Row:
 
     def timed(self, what: str, call: Callable[[], Tensor]) -> Tensor:
         """Call, and keep how long it took."""
+        time.sleep(_SETTLE)
         begun = time.perf_counter()
         result = call()
         self.timings.setdefault(what, []).append(time.perf_counter() - begun)
