@@ -133,8 +133,12 @@ class Optimized:
         target: str = "onnx",
         profile: str | None = None,
         force: bool = False,
+        options: Mapping[str, Any] | None = None,
     ) -> Path:
         """Write a folder for a target; returns its path.
+
+        options: the target's own, such as activations="int8" for onnx, which is faster and rounds
+        the activations of packed matmuls too.
 
         Raises OutputExists (unless force), OutputNotWritable, UnknownTarget, UnsupportedByTarget.
         The folder appears whole or not at all.
@@ -143,5 +147,11 @@ class Optimized:
 
         metadata = {"recipe": self.recipe.name, "options": self.options}
         return export_program(
-            self.program, Path(folder), target, profile=profile, force=force, metadata=metadata
+            self.program,
+            Path(folder),
+            target,
+            profile=profile,
+            force=force,
+            metadata=metadata,
+            options=options,
         )

@@ -62,6 +62,14 @@ def export(
     profile: Annotated[
         str | None, typer.Option(help="onnx: ort (the default) or standard.")
     ] = None,
+    target_options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--target-set",
+            metavar="OPTION=VALUE",
+            help="Change an option of the target; onnx: activations=int8 (faster, rounds more).",
+        ),
+    ] = None,
     verify: Annotated[str, typer.Option(help="structure, facts or numbers.")] = "facts",
     calibration: Annotated[
         Path | None,
@@ -87,6 +95,7 @@ def export(
             verify=verify,
             calibration=calibration,
             force=force,
+            target_options=parse_settings(target_options or [], "--target-set"),
         )
         write_json(json_file, plan_export(order) if dry_run else export_model(order))
 

@@ -89,7 +89,11 @@ def export_model(order: Order) -> dict[str, Any]:
     begun = time.perf_counter()
     with working(f"write {order.out}"):
         written = optimized.export(
-            order.out, target=order.target, profile=order.profile, force=order.force
+            order.out,
+            target=order.target,
+            profile=order.profile,
+            force=order.force,
+            options=order.target_options,
         )
     seconds["write"] = time.perf_counter() - begun
     return _told(order, program, optimized, written, seconds)

@@ -31,17 +31,18 @@ class Order:
     verify: str = "facts"
     calibration: Path | None = None
     force: bool = False
+    target_options: dict[str, str] = field(default_factory=dict[str, str])
 
 
-def parse_settings(settings: Sequence[str]) -> dict[str, str]:
+def parse_settings(settings: Sequence[str], flag: str = "--set") -> dict[str, str]:
     """["quantize_weights.bits=4"] as a mapping; raises WrongOption."""
     parsed: dict[str, str] = {}
     for setting in settings:
         name, equals, value = setting.partition("=")
         if not equals or not name:
             raise WrongOption(
-                f"--set {setting} does not give an option a value",
-                expected="--set PASS.OPTION=VALUE",
+                f"{flag} {setting} does not give an option a value",
+                expected="--set PASS.OPTION=VALUE" if flag == "--set" else f"{flag} OPTION=VALUE",
                 found=setting,
                 fix="for example --set quantize_weights.group_size=64",
             )
@@ -54,7 +55,9 @@ def check_order(order: Order) -> tuple[Recipe, list[Pass]]:
     recipe = find_recipe(order.recipe)
     steps = recipe.passes(order.options)
     Pipeline(steps, verify=order.verify)
-    find_target(order.target).checked_profile(order.profile)
+    target = find_target(order.target)
+    target.checked_profile(order.profile)
+    target.checked_options(order.target_options)
     if order.out is not None:
         check_folder(order.out, order.force)
     for file in (order.source, order.calibration):

@@ -84,7 +84,7 @@ def _lower_attention(editor: Editor) -> list[str]:
         if reason is not None:
             sentences.append(f"%{node.name} keeps its scores in memory because {reason}")
             continue
-        names = "q k v mask scale causal window uniform_if_blind".split()
+        names = ["q", "k", "v", "mask", "scale", "causal", "window", "uniform_if_blind"]
         with editor.at(node):
             arguments = [given[name] for name in names]
             new = editor.emit(torch.ops.planish.attention_cpu.default, *arguments)

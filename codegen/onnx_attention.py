@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..ir.ops import _LOWEST as LOWEST
+from ..ir.ops import LOWEST
 from .onnx_builder import BOOL, INT32, INT64, Value
 from .onnx_call import Call, Table
 from .onnx_shape_ops import expand, reshape

@@ -168,7 +168,7 @@ def _join_masks(
     mask: Tensor | None, seen: Tensor | None, dtype: torch.dtype, uniform: bool
 ) -> Tensor | None:
     """One mask of both. uniform: hidden keys get one finite number, so blind rows are even."""
-    low = max(_LOWEST, torch.finfo(dtype).min) if uniform else -math.inf
+    low = max(LOWEST, torch.finfo(dtype).min) if uniform else -math.inf
     if mask is None or mask.dtype == torch.bool:
         visible = seen if mask is None else mask if seen is None else mask & seen
         if visible is None or not uniform:
@@ -179,7 +179,7 @@ def _join_masks(
     return mask if seen is None else mask.masked_fill(~seen, low)
 
 
-_LOWEST = -1e38
+LOWEST = -1e38
 """Absorbs every score it is added to, in float32, bfloat16 and float64 alike."""
 
 

@@ -73,6 +73,16 @@ def test_recipes_lists_and_prints_yaml(work: Path) -> None:
     assert yaml.safe_load(json.loads(Path("int4.json").read_text())["yaml"])["name"] == "int4"
 
 
+def test_a_targets_own_option_is_checked_and_reaches_it(work: Path, saved: Path) -> None:
+    order = ("export", saved, "--recipe", "small.yaml", "--out", "out", "--target-set")
+    refused = call(*order, "activation=int8")
+    assert refused.exit_code == 2
+    assert "did you mean activations?" in refused.stderr
+    assert call(*order, "activations=int8").exit_code == 0
+    manifest = json.loads(Path("out/planish.json").read_text())
+    assert manifest["target_options"] == {"activations": "int8"}
+
+
 def test_export_writes_a_folder_and_json(work: Path, saved: Path) -> None:
     ended = call(
         *("export", saved, "--recipe", "small.yaml", "--out", "deep/out", "--json", "told.json"),
