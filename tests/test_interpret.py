@@ -33,7 +33,7 @@ def stack(count: int) -> tuple[Any, dict[str, torch.Tensor]]:
 
 
 def test_equals_the_model_bit_for_bit() -> None:
-    sample, program = captured.sample("llama", "sdpa"), captured.captured("llama")
+    sample, program = captured.sample("llama", "sdpa"), captured.fresh("llama", "sdpa")
     inputs = sample.other_inputs()
     with torch.no_grad():
         expected = sample.model(**inputs).logits
