@@ -80,6 +80,10 @@ class WrongInput(PlanishError):
     """A call's arguments do not fit the program, or example inputs do not fit the model."""
 
 
+class TextTooLong(PlanishError):
+    """A text, with what shall be added to it, exceeds the context of the model or of its cache."""
+
+
 class CaptureFailed(PlanishError):
     """The model could not be exported to a graph."""
 
