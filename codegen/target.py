@@ -16,8 +16,14 @@ from typing import Any
 from ..ir.errors import MissingExtra, PatternError, UnknownOption, UnknownTarget, WrongOption
 from ..ir.program import Program
 
-Export = Callable[..., None]
-"""export(program, folder, profile, metadata, **options): writes files into an existing folder."""
+Export = Callable[..., Mapping[str, Any] | None]
+"""export(program, folder, profile, metadata, **options): writes files into an existing folder.
+
+It returns what the manifest should tell besides, section by section, or None.
+"""
+
+Extra = Callable[[Path], Mapping[str, Any] | None]
+"""extra(folder): adds files beside those of the target; returns sections of the manifest."""
 
 
 @dataclass(frozen=True)
@@ -136,11 +142,14 @@ def export_program(
     force: bool = False,
     metadata: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
+    extra: Extra | None = None,
 ) -> Path:
     """Write a program as a folder of a target; returns the folder.
 
-    The folder appears whole or not at all. Raises UnknownTarget, UnknownOption, WrongOption,
-    OutputExists (unless force), OutputNotWritable, UnsupportedByTarget.
+    extra: called with the folder when the target has written it and before it is put in place,
+    to add files (a tokenizer's, say); what it returns goes into the manifest. The folder appears
+    whole or not at all. Raises UnknownTarget, UnknownOption, WrongOption, OutputExists (unless
+    force), OutputNotWritable, UnsupportedByTarget.
     """
     from .bundle import describe, write_bundle
 
@@ -150,7 +159,8 @@ def export_program(
     told = dict(metadata or {})
 
     def write(place: Path) -> dict[str, Any]:
-        found.export(program, place, chosen, told, **given)
-        return describe(program, found.name, chosen, given, told)
+        sections = found.export(program, place, chosen, told, **given) or {}
+        more = (extra(place) if extra else None) or {}
+        return {**describe(program, found.name, chosen, given, told), **sections, **more}
 
     return write_bundle(folder, write, force=force)

@@ -185,6 +185,27 @@ def test_an_export_tells_what_it_is(program: Program, tmp_path: Path) -> None:
     assert {"torch", "onnx", "onnxruntime"} <= set(told["versions"])
 
 
+def test_further_files_join_the_export_before_it_is_in_place(
+    program: Program, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+
+    def extra(folder: Path) -> dict[str, Any]:
+        assert (folder / "model.onnx").exists() and not out.exists()
+        (folder / "tokenizer.json").write_text("{}")
+        return {"generation": {"stop": [2]}}
+
+    told = json.loads((export_program(program, out, "onnx", extra=extra) / MANIFEST).read_text())
+    assert told["generation"] == {"stop": [2]} and "tokenizer.json" in told["files"]
+
+    def failing(folder: Path) -> None:
+        raise KeyError("no tokenizer")
+
+    with pytest.raises(KeyError):
+        export_program(program, tmp_path / "none", "onnx", extra=failing)
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_wrong_name_is_refused_before_anything_is_written(
     program: Program, tmp_path: Path
 ) -> None:
