@@ -37,7 +37,7 @@ class Positional:
             return True
         if node.op != "call_function" or not is_pure(node):
             return False
-        return all(read in self.nodes for read in _contents_read(node))
+        return all(read in self.nodes for read in contents_read(node))
 
     def evaluate(self, node: Node, sizes: Sizes, given: dict[Node, Any]) -> Any:
         """The value of a node at these sizes.
@@ -61,7 +61,7 @@ class Positional:
         return result
 
     def _call(self, node: Node, sizes: Sizes, given: dict[Node, Any]) -> Any:
-        contents = set(_contents_read(node))
+        contents = set(contents_read(node))
 
         def read(value: Any) -> Any:
             if not isinstance(value, fx.Node):
@@ -94,7 +94,7 @@ def blank(node: Node, sizes: Sizes, fill: Any = 0) -> Tensor:
     return torch.full([size_at(s, sizes) for s in value.shape], fill, dtype=value.dtype)
 
 
-def _contents_read(node: Node) -> list[Node]:
+def contents_read(node: Node) -> list[Node]:
     """The nodes whose contents (not only whose form) the call reads."""
     name = getattr(getattr(node.target, "_schema", None), "name", "").split("::")[-1]
     form_only = node.args[0] if name.endswith("_like") or name.startswith("new_") else None
