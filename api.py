@@ -28,12 +28,14 @@ def trace(
     kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic_shapes: Any = None,
+    kv_cache: bool = False,
 ) -> Program:
     """Capture a model as a Program, callable like the model.
 
     model: a module; a folder (Hugging Face or a saved program); a GGUF file; a `.pt2` file.
     args, kwargs: example inputs; optional where a file tells enough to make some. Batch and
     length stay free unless dynamic_shapes (as for `torch.export.export`) says otherwise.
+    kv_cache: made examples are token ids alone, without a padding mask, as for decoding one text.
     Raises CaptureFailed, StatefulModel, WrongInput and the errors of the file formats.
     """
     if isinstance(model, Program):
@@ -42,7 +44,7 @@ def trace(
         from .ir.capture import capture_module
 
         return capture_module(model, _as_tuple(args), kwargs, dynamic_shapes)
-    return load_program(Path(model), _as_tuple(args), dict(kwargs or {}), dynamic_shapes)
+    return load_program(Path(model), _as_tuple(args), dict(kwargs or {}), dynamic_shapes, kv_cache)
 
 
 def optimize(
@@ -55,6 +57,7 @@ def optimize(
     options: Mapping[str, Any] | None = None,
     verify: str = "facts",
     on_break: str = "rollback",
+    kv_cache: bool = False,
     progress: Progress | None = None,
 ) -> Optimized:
     """Trace a model (unless it is a Program already) and run a recipe on it.
@@ -62,10 +65,13 @@ def optimize(
     calibration: batches, each like the model's inputs (a tensor, a tuple or a mapping of keywords).
     options: {"pass.option": value} laid over the recipe's. verify: "structure", "facts" or
     "numbers" (contracts are checked on the example inputs and on two calibration batches).
+    kv_cache: a decoder gets `past` and returns (result, present), see `insert_kv_cache`; what is
+    then exported to onnx is a folder that `planish.Generator` reads.
     """
     chosen = find_recipe(recipe)
+    chosen = chosen.with_kv_cache() if kv_cache else chosen
     steps = chosen.passes(options)
-    program = trace(model, args, kwargs)
+    program = trace(model, args, kwargs, kv_cache=kv_cache)
     batches = [flat_batch(program, batch) for batch in calibration or ()]
     line = Pipeline(steps, verify=verify, on_break=on_break)
     if progress is not None:

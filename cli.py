@@ -70,6 +70,9 @@ def export(
             help="Change an option of the target; onnx: activations=int8 (faster, rounds more).",
         ),
     ] = None,
+    kv_cache: Annotated[
+        bool, typer.Option("--kv-cache", help="Write a decoder that `planish generate` runs.")
+    ] = False,
     verify: Annotated[str, typer.Option(help="structure, facts or numbers.")] = "facts",
     calibration: Annotated[
         Path | None,
@@ -96,6 +99,7 @@ def export(
             calibration=calibration,
             force=force,
             target_options=parse_settings(target_options or [], "--target-set"),
+            kv_cache=kv_cache,
         )
         write_json(json_file, plan_export(order) if dry_run else export_model(order))
 

@@ -80,6 +80,7 @@ def export_model(order: Order) -> dict[str, Any]:
         optimized = optimize(
             program,
             recipe=recipe,
+            kv_cache=order.kv_cache,
             calibration=batches,
             options=order.options,
             verify=order.verify,
@@ -132,7 +133,7 @@ def _told(
 
 def _capture(order: Order) -> Program:
     with working(f"capture {order.source}"):
-        return trace(order.source)
+        return trace(order.source, kv_cache=order.kv_cache)
 
 
 def expected_sizes(program: Program, steps: Sequence[Pass]) -> dict[str, int]:

@@ -32,6 +32,7 @@ class Order:
     calibration: Path | None = None
     force: bool = False
     target_options: dict[str, str] = field(default_factory=dict[str, str])
+    kv_cache: bool = False
 
 
 def parse_settings(settings: Sequence[str], flag: str = "--set") -> dict[str, str]:
@@ -53,6 +54,7 @@ def parse_settings(settings: Sequence[str], flag: str = "--set") -> dict[str, st
 def check_order(order: Order) -> tuple[Recipe, list[Pass]]:
     """Everything that can be refused before the model is read."""
     recipe = find_recipe(order.recipe)
+    recipe = recipe.with_kv_cache() if order.kv_cache else recipe
     steps = recipe.passes(order.options)
     Pipeline(steps, verify=order.verify)
     target = find_target(order.target)

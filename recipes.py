@@ -59,6 +59,13 @@ class Recipe:
                 raise UnknownOption.named(name, names, where=f"options of recipe {self.name}")
         return [step.build().with_options(changes.get(step.name, {})) for step in self.steps]
 
+    def with_kv_cache(self) -> Recipe:
+        """This recipe, and then the cache; itself if it already inserts one."""
+        if any(step.name == "insert_kv_cache" for step in self.steps):
+            return self
+        description = f"{self.description}; with a KV cache"
+        return Recipe(self.name, description, (*self.steps, Step("insert_kv_cache")))
+
     def to_yaml(self) -> str:
         body = [
             {step.name: dict(step.options)} if step.options else step.name for step in self.steps

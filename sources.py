@@ -13,11 +13,16 @@ from .ir.program import Program
 
 
 def load_program(
-    path: Path, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any = None
+    path: Path,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic_shapes: Any = None,
+    kv_cache: bool = False,
 ) -> Program:
     """Capture what lies at `path`: a model folder, a saved program, a GGUF or a `.pt2` file.
 
-    args, kwargs: example inputs; made from the model's configuration if none are given.
+    args, kwargs: example inputs; made from the model's configuration if none are given
+    (for a KV cache: without a padding mask, all rows of a batch being equally long).
     Raises SourceNotFound, UnsupportedCheckpoint and the errors of the readers and of capture.
     """
     if not path.exists():
@@ -41,6 +46,8 @@ def load_program(
             from .ir.example_inputs import example_inputs
 
             kwargs = example_inputs(model)
+            if kv_cache and "input_ids" in kwargs:
+                kwargs.pop("attention_mask", None)
         program = capture_module(model, args, kwargs, dynamic_shapes)
     program.metadata["path"] = path.name
     return program
