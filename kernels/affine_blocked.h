@@ -141,32 +141,28 @@ static void pack_block(const Linear *a, int64_t first, int64_t m, float *to) {
     for (int64_t i = 0; i < m; i++) to[k * m + i] = x[i * a->length + k];
 }
 
-static int blocked(const Linear *a) {
+INLINE int64_t packed_floats(int64_t tokens, int64_t length) {
+  return (tokens < TOKEN_BLOCK ? tokens : TOKEN_BLOCK) * length;
+}
+
+/* Done together by a team; `packed` is theirs in common, packed_floats() long. */
+static void blocked_team(const Linear *a, float *packed) {
   const int64_t panels = (a->rows + PANEL_COLUMNS - 1) / PANEL_COLUMNS;
-  const int64_t most = a->tokens < TOKEN_BLOCK ? a->tokens : TOKEN_BLOCK;
-  const int alone = a->tokens * a->rows * a->length < SERIAL_WORK || a->threads == 1;
-  float *packed = malloc(most * a->length * sizeof(float));
-  if (!packed) return 1;
-#pragma omp parallel num_threads(a->threads) if (!alone)
-  {
-    _Alignas(64) float panel[PANEL_DEPTH * PANEL_COLUMNS];
-    _Alignas(64) float edge[BLOCK_ROWS * PANEL_COLUMNS] = {0};
-    for (int64_t first = 0; first < a->tokens; first += TOKEN_BLOCK) {
-      const int64_t left = a->tokens - first, count = left < TOKEN_BLOCK ? left : TOKEN_BLOCK;
-      const int64_t blocks = (count + BLOCK_ROWS - 1) / BLOCK_ROWS;
+  _Alignas(64) float panel[PANEL_DEPTH * PANEL_COLUMNS];
+  _Alignas(64) float edge[BLOCK_ROWS * PANEL_COLUMNS] = {0};
+  for (int64_t first = 0; first < a->tokens; first += TOKEN_BLOCK) {
+    const int64_t left = a->tokens - first, count = left < TOKEN_BLOCK ? left : TOKEN_BLOCK;
+    const int64_t blocks = (count + BLOCK_ROWS - 1) / BLOCK_ROWS;
 #pragma omp for schedule(static)
-      for (int64_t b = 0; b < blocks; b++) {
-        const int64_t begin = block_start(count, blocks, b);
-        const int64_t m = block_start(count, blocks, b + 1) - begin;
-        pack_block(a, first + begin, m, packed + begin * a->length);
-      }
-#pragma omp for schedule(static)
-      for (int64_t index = 0; index < panels; index++)
-        blocked_panel(a, index, first, count, blocks, packed, panel, edge);
+    for (int64_t b = 0; b < blocks; b++) {
+      const int64_t begin = block_start(count, blocks, b);
+      const int64_t m = block_start(count, blocks, b + 1) - begin;
+      pack_block(a, first + begin, m, packed + begin * a->length);
     }
+#pragma omp for schedule(static)
+    for (int64_t index = 0; index < panels; index++)
+      blocked_panel(a, index, first, count, blocks, packed, panel, edge);
   }
-  free(packed);
-  return 0;
 }
 
 #endif

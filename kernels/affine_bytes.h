@@ -15,6 +15,10 @@
 #define BYTE_ROWS 4 /* tokens; with more, float sums are as fast */
 #define LARGEST 8355000.0f /* a little below 127 * 2^16 + 127 * 2^8 + 127, for rounding */
 
+INLINE __mmask16 first_lanes(int64_t count) {
+  return count <= 0 ? 0 : count < LANES ? (__mmask16)((1 << count) - 1) : (__mmask16)0xffff;
+}
+
 typedef struct {
   float *factor;   /* [tokens, blocks] */
   int32_t *begin;  /* [tokens, blocks, 3]: what each sum begins with: -centre * sum of the bytes */
@@ -27,27 +31,30 @@ typedef struct {
 /* One block of x; false where it holds numbers that this form cannot (infinite, NaN, tiny). */
 static int slice_block(const float *x, int64_t length, int64_t padded, int8_t *bytes,
                        int64_t stride, int32_t *total, float *factor) {
-  float largest = 0, sum = 0;
-  for (int64_t k = 0; k < length; k++) {
-    const float size = __builtin_fabsf(x[k]);
-    largest = size > largest ? size : largest;
-    sum += size;
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+  __m512i bound = _mm512_setzero_si512(); /* as integers, magnitudes order like floats, NaN last */
+  for (int64_t k = 0; k < length; k += LANES) {
+    const __m512i part = _mm512_castps_si512(_mm512_maskz_loadu_ps(first_lanes(length - k), x + k));
+    bound = _mm512_max_epi32(bound, _mm512_and_si512(part, magnitude));
   }
-  if (!(sum < 3e38f) || (largest > 0 && largest < 1e-30f)) return 0;
-  const float up = largest > 0 ? LARGEST / largest : 0;
-  int32_t lows = 0, middles = 0, highs = 0;
-  for (int64_t k = 0; k < length; k++) {
-    const float wanted = x[k] * up;
-    const int32_t number = (int32_t)(wanted + (wanted < 0 ? -0.5f : 0.5f));
-    const int32_t low = (int8_t)number, rest = (number - low) >> 8;
-    const int32_t middle = (int8_t)rest, high = (rest - middle) >> 8;
-    bytes[k] = (int8_t)low;
-    bytes[stride + k] = (int8_t)middle;
-    bytes[2 * stride + k] = (int8_t)high;
-    lows += low, middles += middle, highs += high;
+  const int32_t highest = _mm512_reduce_max_epi32(bound);
+  float largest;
+  memcpy(&largest, &highest, 4);
+  if (!(largest < 3e38f) || (largest > 0 && largest < 1e-30f)) return 0;
+  const __m512 up = _mm512_set1_ps(largest > 0 ? LARGEST / largest : 0);
+  __m512i sum[3] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()};
+  for (int64_t k = 0; k < padded; k += LANES) {
+    const __m512 part = _mm512_maskz_loadu_ps(first_lanes(length - k), x + k);
+    const __mmask16 there = first_lanes(padded - k);
+    __m512i number = _mm512_cvtps_epi32(_mm512_mul_ps(part, up));
+    for (int l = 0; l < 3; l++) {
+      const __m512i low = _mm512_srai_epi32(_mm512_slli_epi32(number, 24), 24);
+      _mm512_mask_cvtepi32_storeu_epi8(bytes + l * stride + k, there, low);
+      sum[l] = _mm512_add_epi32(sum[l], low);
+      number = _mm512_srai_epi32(_mm512_sub_epi32(number, low), 8);
+    }
   }
-  for (int l = 0; l < 3; l++) memset(bytes + l * stride + length, 0, padded - length);
-  total[0] = lows, total[1] = middles, total[2] = highs;
+  for (int l = 0; l < 3; l++) total[l] = _mm512_reduce_add_epi32(sum[l]);
   *factor = largest / LARGEST;
   return 1;
 }
@@ -171,14 +178,14 @@ typedef void (*Bytes)(const Linear *, const Sliced *, int64_t);
 static const Bytes bytes_for[BYTE_ROWS][3] = {
   BYTES_ROW(1), BYTES_ROW(2), BYTES_ROW(3), BYTES_ROW(4)};
 
-static int by_bytes(const Linear *a) {
+/* Done together by a team. Every thread slices x for itself, which costs less than to wait; all
+   come to the same answer whether that is possible. */
+static int bytes_team(const Linear *a) {
   Sliced s;
   if (!slice(a, &s)) return 0;
   const int64_t tiles = (a->rows + LANES - 1) / LANES;
-  const int width = a->bits == 2 ? 0 : a->bits == 4 ? 1 : 2;
-  const int alone = a->rows * a->length < SERIAL_WORK || a->threads == 1;
-  const Bytes run = bytes_for[a->tokens - 1][width];
-#pragma omp parallel for schedule(static) num_threads(a->threads) if (!alone)
+  const Bytes run = bytes_for[a->tokens - 1][a->bits == 2 ? 0 : a->bits == 4 ? 1 : 2];
+#pragma omp for schedule(static)
   for (int64_t tile = 0; tile < tiles; tile++) run(a, &s, tile);
   free(s.memory);
   return 1;

@@ -8,26 +8,23 @@
    Many tokens: `blocked` decodes a panel of rows into cache and multiplies it as a float32
    matrix product with register tiles, after Goto and van de Geijn 2008. */
 
-#include "affine_blocked.h"
-#include "affine_bytes.h"
-#include "affine_registers.h"
-#include "affine_skinny.h"
+#include "affine_team.h"
 
 /* y = x @ weight.T + bias. Returns 0, or 1 when there is no memory. */
 int planish_linear_affine(const float *x, const uint8_t *codes, const float *scale,
                           const float *zero, const float *bias, float *y, int64_t tokens,
                           int64_t rows, int64_t length, int64_t group, int64_t tile_bytes,
                           int64_t bits, int64_t threads) {
-  const Linear a = {x,    codes,  scale, zero,       bias, y,      tokens,
-                    rows, length, group, tile_bytes, bits, threads};
-  if (tokens <= SKINNY_ROWS) {
-#ifdef HAS_BYTE_PRODUCTS
-    if (tokens <= BYTE_ROWS && by_bytes(&a)) return 0;
-#endif
-    skinny(&a);
-    return 0;
-  }
-  return blocked(&a);
+  const Linear a = {x,    codes,  scale, zero,  bias,       y,
+                    tokens, rows, length, group, tile_bytes, bits};
+  const int64_t size = affine_scratch(&a);
+  float *scratch = size ? malloc(size * sizeof(float)) : 0;
+  if (size && !scratch) return 1;
+  const int alone = rows * length * (tokens > SKINNY_ROWS ? tokens : 1) < SERIAL_WORK;
+#pragma omp parallel num_threads(threads) if (!alone && threads > 1)
+  affine_team(&a, scratch);
+  free(scratch);
+  return 0;
 }
 
 /* out [count, length]: the rows `ids` of the weight. Returns 0, or 1 when an id is not a row. */

@@ -52,8 +52,7 @@ typedef struct {
   const float *zero;    /* [tiles, groups, 16] or NULL */
   const float *bias;    /* [N] or NULL */
   float *y;             /* [tokens, N] */
-  int64_t tokens, rows, length, group, tile_bytes;
-  int64_t bits, threads;
+  int64_t tokens, rows, length, group, tile_bytes, bits;
 } Linear;
 
 /* ---- registers ---- */

@@ -103,11 +103,11 @@ static const Skinny skinny_for[SKINNY_ROWS][3] = {
 #endif
 };
 
-static void skinny(const Linear *a) {
+/* Done together by the threads of a team (a parallel region), who meet at its end. */
+static void skinny_team(const Linear *a) {
   const int64_t tiles = (a->rows + LANES - 1) / LANES;
   const int width = a->bits == 2 ? 0 : a->bits == 4 ? 1 : 2;
-  const int alone = a->rows * a->length < SERIAL_WORK || a->threads == 1;
-#pragma omp parallel for schedule(static) num_threads(a->threads) if (!alone)
+#pragma omp for schedule(static)
   for (int64_t tile = 0; tile < tiles; tile++)
     for (int64_t first = 0; first < a->tokens; first += SKINNY_ROWS) {
       const int64_t left = a->tokens - first;
