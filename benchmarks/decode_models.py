@@ -1,0 +1,95 @@
+"""The folders that the decoding benchmark compares, made once and kept in planish's cache."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import planish
+from planish.demo_models import LANGUAGE_MODEL, hf_folder
+from planish.ir.program_folder import save_program
+from planish.ir.read_gguf import cache_folder
+
+_QUANTIZE = """
+import ctypes, sys, llama_cpp
+options = llama_cpp.llama_model_quantize_default_params()
+options.ftype, options.allow_requantize = int(sys.argv[3]), True
+failed = llama_cpp.llama_model_quantize(
+    sys.argv[1].encode(), sys.argv[2].encode(), ctypes.byref(options)
+)
+sys.exit(failed)
+"""
+_Q4_0, _Q8_0 = 2, 7  # LLAMA_FTYPE_MOSTLY_*
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One row: which engine runs what, with which Python; bits of the weights."""
+
+    name: str
+    kind: str
+    path: Path
+    python: str
+    bits: int
+
+
+def contestants(peers: str | None, names: list[str]) -> list[Contestant]:
+    """Those of `names` (all that can be made, if empty); a peer needs its environment's Python."""
+    folder = cache_folder() / "bench" / planish.__version__
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [Contestant("eager", "eager", hf_folder(LANGUAGE_MODEL), sys.executable, 32)]
+    wanted = [name for name in _MAKERS if not names or name in names]
+    for name in wanted:
+        make, kind, bits, by_peer = _MAKERS[name]
+        if by_peer and peers is None:
+            continue
+        python = peers if by_peer and peers else sys.executable
+        path = folder / name.replace(" ", "-")
+        if not path.exists():
+            print(f"making {path}", file=sys.stderr)
+            make(path, bits, python)
+        rows.append(Contestant(name, kind, path, python, bits))
+    return rows
+
+
+def _recipe(bits: int) -> str:
+    return {32: "exact", 8: "int8", 4: "int4"}[bits]
+
+
+def _planish_onnx(path: Path, bits: int, python: str) -> None:
+    made = planish.optimize(LANGUAGE_MODEL.path(), recipe=_recipe(bits), kv_cache=True)
+    options = {"activations": "int8"} if bits < 32 else {}
+    made.export(path, target="onnx", options=options)
+
+
+def _planish_torch(path: Path, bits: int, python: str) -> None:
+    made = planish.optimize(LANGUAGE_MODEL.path(), recipe=_recipe(bits), kv_cache=True)
+    save_program(made.program, path)
+
+
+def _genai(path: Path, bits: int, python: str) -> None:
+    precision = {32: "fp32", 8: "int8", 4: "int4"}[bits]
+    source = str(hf_folder(LANGUAGE_MODEL))
+    builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", source]
+    more = ["-o", str(path), "-p", precision, "-e", "cpu", "-c", str(path.parent / "hf")]
+    subprocess.run([*builder, *more], check=True, capture_output=True)
+
+
+def _llama_cpp(path: Path, bits: int, python: str) -> None:
+    kind = {8: _Q8_0, 4: _Q4_0}[bits]
+    arguments = [str(LANGUAGE_MODEL.path()), str(path), str(kind)]
+    subprocess.run([python, "-c", _QUANTIZE, *arguments], check=True, capture_output=True)
+
+
+_MAKERS = {
+    "planish exact onnx": (_planish_onnx, "onnx", 32, False),
+    "planish int8 onnx": (_planish_onnx, "onnx", 8, False),
+    "planish int4 onnx": (_planish_onnx, "onnx", 4, False),
+    "planish int8 torch": (_planish_torch, "torch", 8, False),
+    "planish int4 torch": (_planish_torch, "torch", 4, False),
+    "GenAI int4": (_genai, "genai", 4, True),
+    "llama.cpp Q8_0": (_llama_cpp, "llamacpp", 8, True),
+    "llama.cpp Q4_0": (_llama_cpp, "llamacpp", 4, True),
+}
