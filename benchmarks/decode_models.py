@@ -83,6 +83,16 @@ def _llama_cpp(path: Path, bits: int, python: str) -> None:
     subprocess.run([python, "-c", _QUANTIZE, *arguments], check=True, capture_output=True)
 
 
+def _openvino(path: Path, bits: int, python: str) -> None:
+    """OpenVINO GenAI reads a GGUF file and keeps the model it makes beside it."""
+    path.mkdir()
+    _llama_cpp(path / "model.gguf", bits, python)
+    load = "import openvino_genai as g, sys; "
+    load += "g.LLMPipeline(sys.argv[1], 'CPU', enable_save_ov_model=True)"
+    subprocess.run([python, "-c", load, str(path / "model.gguf")], check=True, capture_output=True)
+    (path / "model.gguf").unlink()
+
+
 _MAKERS = {
     "planish exact onnx": (_planish_onnx, "onnx", 32, False),
     "planish int8 onnx": (_planish_onnx, "onnx", 8, False),
@@ -90,6 +100,8 @@ _MAKERS = {
     "planish int8 torch": (_planish_torch, "torch", 8, False),
     "planish int4 torch": (_planish_torch, "torch", 4, False),
     "GenAI int4": (_genai, "genai", 4, True),
+    "OpenVINO int8": (_openvino, "openvino", 8, True),
+    "OpenVINO int4": (_openvino, "openvino", 4, True),
     "llama.cpp Q8_0": (_llama_cpp, "llamacpp", 8, True),
     "llama.cpp Q4_0": (_llama_cpp, "llamacpp", 4, True),
 }

@@ -160,10 +160,51 @@ class LlamaCpp:
         return np.array(model.scores[: len(ids)], dtype=np.float32)
 
 
+class OpenVino:
+    """OpenVINO's own runtime on a stateful model that OpenVINO GenAI made of a GGUF file."""
+
+    def __init__(self, path: str, threads: int) -> None:
+        import openvino
+
+        options = {"INFERENCE_NUM_THREADS": threads}
+        model = openvino.Core().compile_model(f"{path}/openvino_model.xml", "CPU", options)
+        self.request = model.create_infer_request()
+        self.length = 0
+
+    def _run(self, ids: Sequence[int]) -> np.ndarray[Any, Any]:
+        new = len(ids)
+        given = {
+            "input_ids": np.array([list(ids)], np.int64),
+            "attention_mask": np.ones((1, self.length + new), np.int64),
+            "position_ids": np.arange(self.length, self.length + new, dtype=np.int64)[None],
+            "beam_idx": np.zeros(1, np.int32),
+        }
+        self.length += new
+        return self.request.infer(given)["logits"][0]
+
+    def start(self, ids: Sequence[int]) -> int:
+        self.request.reset_state()
+        self.length = 0
+        return int(self._run(ids)[-1].argmax())
+
+    def step(self, token: int) -> int:
+        return int(self._run([token])[-1].argmax())
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray[Any, Any]:
+        self.request.reset_state()
+        self.length = 0
+        return np.array(self._run(ids), dtype=np.float32)
+
+
 def make(kind: str, path: str, threads: int) -> Engine:
     if kind in ("onnx", "torch"):
         return Planish(path, threads, kind)
-    engines: dict[str, Any] = {"eager": Eager, "genai": Genai, "llamacpp": LlamaCpp}
+    engines: dict[str, Any] = {
+        "eager": Eager,
+        "genai": Genai,
+        "llamacpp": LlamaCpp,
+        "openvino": OpenVino,
+    }
     return engines[kind](path, threads)
 
 
