@@ -6,7 +6,7 @@ value can be computed at any length, so a claim about it is decided by trying.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -23,17 +23,21 @@ _UNBOUNDED = 2**31
 
 
 class Positional:
-    """The positional values of one program (as it is when this is made)."""
+    """The positional values of one program (as it is when this is made).
 
-    def __init__(self, program: Program) -> None:
+    inputs: those whose contents count as known too (a padding mask); `evaluate` needs them given.
+    """
+
+    def __init__(self, program: Program, inputs: Collection[Node] = ()) -> None:
         self.program = program
+        self.inputs = frozenset(inputs)
         self.nodes: set[Node] = set()
         for node in program.graph.nodes:
             if self._follows(node):
                 self.nodes.add(node)
 
     def _follows(self, node: Node) -> bool:
-        if is_size(node.meta.get("val")) or node.op == "get_attr":
+        if is_size(node.meta.get("val")) or node.op == "get_attr" or node in self.inputs:
             return True
         if node.op != "call_function" or not is_pure(node):
             return False
