@@ -90,9 +90,7 @@ def _same_length(attention: Node) -> bool:
     return same_size(shape(_query(attention))[2], shape(key)[2])
 
 
-def _cross_attentions(
-    program: Program, attentions: list[Node], sources: Sources
-) -> list[Node]:
+def _cross_attentions(program: Program, attentions: list[Node], sources: Sources) -> list[Node]:
     candidates = [node for node in attentions if _sees_less(*_seen(node, sources))]
     apart = _sources(program, candidates)
     found = [
@@ -134,10 +132,8 @@ def _fed(attention: Node, sources: Sources) -> CannotCut:
     )
 
 
-def _encoder_inputs(
-    program: Program, cross: Iterable[Node], sources: Sources
-) -> frozenset[Node]:
-    """What the cross keys and values are made of, and a source mask that only hides some of them."""
+def _encoder_inputs(program: Program, cross: Iterable[Node], sources: Sources) -> frozenset[Node]:
+    """What the cross keys and values are made of, and a source mask that hides some of them."""
     cross = list(cross)
     inputs = frozenset[Node]().union(*(_seen(node, sources)[1] for node in cross))
     apart = _sources(program, cross)
@@ -147,9 +143,7 @@ def _encoder_inputs(
     return inputs | (hiding - decoder)
 
 
-def _early(
-    program: Program, inputs: frozenset[Node], sources: Sources
-) -> frozenset[Node]:
+def _early(program: Program, inputs: frozenset[Node], sources: Sources) -> frozenset[Node]:
     known = {symbol for node in inputs for symbol in _symbols(node)}
     sizes: dict[Node, set[Any]] = {}
     early: set[Node] = set()

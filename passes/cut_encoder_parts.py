@@ -139,9 +139,7 @@ def _drop_inputs(program: Program, unwanted: Collection[Node]) -> list[int]:
             program.graph.erase_node(node)
         else:
             places.append(place)
-    args, kwargs = pytree.tree_unflatten(
-        list(range(program.in_spec.num_leaves)), program.in_spec
-    )
+    args, kwargs = pytree.tree_unflatten(list(range(program.in_spec.num_leaves)), program.in_spec)
     pruned = (_pruned_tree(args, places, ()), _pruned_tree(kwargs, places, {}))
     program.in_spec = pytree.tree_structure(pruned)
     return places
