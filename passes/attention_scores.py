@@ -18,7 +18,7 @@ from torch import fx
 from ..ir.edit import same_shape, same_size, shape, value_of
 from ..ir.pattern import bound_arguments
 from ..ir.program import Node
-from .mask_parts import read_choice
+from .mask_choice import read_choice
 from .prove_mask import Masking
 
 aten = torch.ops.aten
@@ -103,8 +103,8 @@ class _Reader:
         if node.target in (aten.sub.Tensor, aten.add.Tensor):
             return self._summand(node, factor)
         choice = read_choice(node, factor, self.number)
-        if choice is not None and isinstance(choice[2], fx.Node):
-            return choice[2], factor
+        if choice is not None and choice.kept is not None:
+            return choice.kept, factor
         if node.target is aten.cat.default and factor == 1.0 and not self.cap:
             return node.args[0][0], factor  # type: ignore[index,return-value]
         raise Unreadable(f"the scores pass through {_name(node)}, which attention does not have")
@@ -161,8 +161,7 @@ class _Reader:
         elif times_number(node, self.number) is None:
             choice = read_choice(node, factor, self.number)
             if choice is not None:
-                visible, negated, _, fill = choice
-                masking = Masking(visible, 1.0, fill, negated, space)
+                masking = Masking(choice.condition, 1.0, choice.fill, choice.negated, space)
         if masking is not None and not same_shape(node, under):
             raise Unreadable("a mask has more examples or heads than the scores")
         if masking is not None and scores.sinks is not None:

@@ -14,30 +14,19 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..ir.edit import same_size, shape, value_of
+from ..ir.edit import same_shape, same_size, shape, value_of
 from ..ir.pattern import bound_arguments
 from ..ir.program import Node
+from .mask_choice import Number, read_choice, read_comparison, read_inverse
 
 aten = torch.ops.aten
 
-HIDES = -1e4
-"""A number added to a score that takes all weight from the key, in float64 too (exp underflows)."""
 ABSORBS = -1e30
 """A number so low that a score added to it is lost, so that a blind query attends evenly."""
 
 _AND = (aten.logical_and.default, aten.bitwise_and.Tensor, aten.__and__.Tensor)
 _OR = (aten.logical_or.default, aten.bitwise_or.Tensor, aten.__or__.Tensor)
 _NOT = (aten.logical_not.default, aten.bitwise_not.default)
-_WHERES = (
-    aten.where.self,
-    aten.where.ScalarOther,
-    aten.where.ScalarSelf,
-    aten.where.Scalar,
-)
-_MASKED_FILLS = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
-
-Number = Callable[[Any], float | None]
-"""The number that an argument is (also as a tensor of one known value), or None."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +61,8 @@ class MaskParts:
     fills: set[float] = field(default_factory=set[float])
     summed: bool = False
 
-    def hide(self, visible: Node, negated: bool, fill: float) -> None:
-        self.parts += split_boolean(visible, negated)
+    def hide(self, visible: Node, negated: bool, fill: float, number: Number) -> None:
+        self.parts += split_boolean(visible, number, negated)
         self.fills.add(fill)
 
     def add(self, other: MaskParts) -> None:
@@ -84,23 +73,32 @@ class MaskParts:
         self.fills |= other.fills
 
 
-def split_boolean(node: Node, negated: bool = False, wraps: tuple[Node, ...] = ()) -> list[Part]:
+def split_boolean(
+    node: Node, number: Number, negated: bool = False, wraps: tuple[Node, ...] = ()
+) -> list[Part]:
     """The conjunction's members; a disjunction that hides is split by De Morgan's law."""
+
+    def split(value: Node, negated: bool, *more: Node) -> list[Part]:
+        return split_boolean(value, number, negated, (*more, *wraps))
+
     if node.target in (_OR if negated else _AND):
         pair = [node.args[0], node.args[1]]
         if all(isinstance(x, fx.Node) and value_of(x).dtype == torch.bool for x in pair) and (
             not wraps or all(len(shape(x)) == len(shape(node)) for x in pair)  # type: ignore[arg-type]
         ):
-            return [p for x in pair for p in split_boolean(x, negated, wraps)]  # type: ignore[arg-type]
+            return [p for x in pair for p in split(x, negated)]  # type: ignore[arg-type]
     source: Any = node.args[0] if node.args else None
     if not isinstance(source, fx.Node) or node.op != "call_function":
         return [Part(node, negated, wraps)]
     if node.target in _NOT and value_of(source).dtype == torch.bool:
-        return split_boolean(source, not negated, wraps)
+        return split(source, not negated)
+    compared = read_comparison(node, number)
+    if compared is not None and (not wraps or same_shape(compared[0], node)):
+        return split(compared[0], negated != compared[1])
     if node.target is aten.expand.default and (not wraps or _same_rank(node, source)):
-        return split_boolean(source, negated, wraps)
+        return split(source, negated)
     if node.target is aten.unsqueeze.default or _cuts_shared_axis(node, source):
-        inner = split_boolean(source, negated, (node, *wraps))
+        inner = split(source, negated, node)
         if len(inner) > 1 and all(_fits(part, node) for part in inner):
             return inner
     return [Part(node, negated, wraps)]
@@ -151,17 +149,16 @@ def split_additive(
         source: Any = node.args[0]
         if value_of(source).is_floating_point():
             return split(source, factor)
-    if node.target is aten.mul.Tensor and (inverse := _inverse(node, factor, number)):
-        found.hide(*inverse)
+    if node.target is aten.mul.Tensor and (inverse := read_inverse(node, factor, number)):
+        found.hide(*inverse, number)
         return found
     if node.target is aten.mul.Tensor and number(arguments["other"]) is not None:
         return split(arguments["self"], factor * number(arguments["other"]))  # type: ignore[operator]
     choice = read_choice(node, factor, number)
     if choice is not None:
-        visible, negated, kept, fill = choice
-        if isinstance(kept, fx.Node):
-            found.add(split(kept, factor))
-        found.hide(visible, negated, fill)
+        if choice.kept is not None:
+            found.add(split(choice.kept, factor))
+        found.hide(choice.condition, choice.negated, choice.fill, number)
         return found
     fills = hidden_at(node)
     if fills is not None:
@@ -170,41 +167,6 @@ def split_additive(
     else:
         found.biases.append(Bias(node, factor))
     return found
-
-
-def read_choice(node: Node, factor: float, number: Number) -> tuple[Node, bool, Any, float] | None:
-    """(condition, negated, what stays, fill) of a where or masked_fill that hides keys."""
-    if node.target in _MASKED_FILLS:
-        a = bound_arguments(node)
-        condition, kept, fill, negated = a["mask"], a["self"], number(a["value"]), True
-    elif node.target in _WHERES:
-        a = bound_arguments(node)
-        condition, kept, fill, negated = a["condition"], a["self"], number(a["other"]), False
-        if fill is None or fill * factor > HIDES:
-            kept, fill, negated = a["other"], number(a["self"]), True
-    else:
-        return None
-    if fill is None or fill * factor > HIDES or value_of(condition).dtype != torch.bool:
-        return None
-    constant = number(kept)
-    if constant not in (0, None):
-        return None
-    return condition, negated, None if constant == 0 else kept, fill * factor
-
-
-def _inverse(node: Node, factor: float, number: Number) -> tuple[Node, bool, float] | None:
-    """(visible, negated, fill) of `(1 - cast(visible)) * fill`."""
-    other = number(node.args[1])
-    inner: Any = node.args[0]
-    if other is None or other * factor > HIDES or not isinstance(inner, fx.Node):
-        return None
-    if inner.target is aten.rsub.Scalar and inner.args[1] == 1:
-        cast: Any = inner.args[0]
-        if isinstance(cast, fx.Node) and cast.target is aten._to_copy.default:
-            source: Any = cast.args[0]
-            if value_of(source).dtype == torch.bool:
-                return source, False, other * factor
-    return None
 
 
 def _has_schema(node: Node) -> bool:

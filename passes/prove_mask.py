@@ -7,7 +7,6 @@ What depends on data stays a mask. A mask that fits no formula stays explicit, w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,16 +14,12 @@ import torch
 from torch import Tensor, fx
 
 from ..ir.edit import same_size
-from ..ir.positional import Positional, blank, free_sizes, free_symbols, is_size, size_at
+from ..ir.positional import Positional, Sizes
 from ..ir.program import Node, Program
-from .mask_parts import ABSORBS, HIDES, Bias, MaskParts, Part, finite, split_additive
-
-_SHORT = (2, 3, 5, 8, 13)
-_LONGEST = 8192
-"""The greatest constant in a mask (a window) around which masks are still computed whole."""
-_COMPARES = frozenset({"lt", "le", "gt", "ge", "eq", "ne"})
-_MOVES = frozenset({"add", "sub", "rsub", "mul", "div", "floor_divide", "remainder"})
-_CUTS = frozenset({"clamp", "clamp_min", "clamp_max", "triu", "tril"})
+from .mask_choice import HIDES
+from .mask_lengths import SHORT, MaskLengths, Problem
+from .mask_parts import ABSORBS, Bias, MaskParts, Part, finite, split_additive
+from .mask_positions import Form
 
 
 @dataclass(frozen=True)
@@ -65,7 +60,7 @@ class MaskProver:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.positional = Positional(program)
-        self.free = free_sizes(program)
+        self.lengths = MaskLengths(program, self.positional)
         self._proofs: dict[Any, Proof] = {}
         self._leaf_fills: dict[Node, set[float] | None] = {}
 
@@ -92,13 +87,14 @@ class MaskProver:
     def _prove(self, maskings: tuple[Masking, ...], queries: Any, keys: Any, sinks: bool) -> Proof:
         whole = self._parts(maskings)
         data = [p for p in whole.parts if p.node not in self.positional.nodes]
-        causal, window, reason = False, 0, ""
+        form = Form()
         if len(data) != len(whole.parts):
-            causal, window, reason = self._positions(maskings, whole, data, queries, keys)
-        if reason:
-            return Proof(explicit=reason)
-        proof = Proof(causal, window, tuple(data), tuple(whole.biases))
-        may_be_blind = bool(data) or ((causal or window) and not same_size(queries, keys))
+            form = self._form(maskings, whole, data, queries, keys)
+        if form.fault:
+            return Proof(explicit=form.fault)
+        proof = Proof(form.causal, form.window, tuple(data), tuple(whole.biases))
+        hides = form.causal or form.window > 0
+        may_be_blind = bool(data) or (hides and not same_size(queries, keys))
         return self._filled(proof, whole, bool(may_be_blind), sinks)
 
     def _parts(self, maskings: tuple[Masking, ...]) -> MaskParts:
@@ -111,7 +107,7 @@ class MaskProver:
                 found.biases = [replace(b, space=masking.space) for b in found.biases]
                 whole.add(found)
             else:
-                found.hide(masking.node, masking.negated, masking.fill)
+                found.hide(masking.node, masking.negated, masking.fill, self.number)
                 whole.parts += [replace(p, space=masking.space) for p in found.parts]
                 whole.fills |= found.fills
         return whole
@@ -138,7 +134,7 @@ class MaskProver:
         return self._leaf_fills[node]
 
     def _leaf(self, node: Node) -> set[float] | None:
-        for sizes in self._sizes([_SHORT[-1]]):
+        for sizes in self.lengths.sizes([SHORT[-1]]):
             try:
                 value = self.positional.evaluate(node, sizes, {})
             except (RuntimeError, IndexError, LookupError):
@@ -147,61 +143,31 @@ class MaskProver:
                 return {float(v) for v in value.unique() if v != 0}
         return None
 
-    def _sizes(
-        self, lengths: Iterable[int], moving: frozenset[Any] = frozenset()
-    ) -> Iterator[dict[Any, int]]:
-        """Sizes for every free symbol: lengths that differ, in both orders; small batches.
-
-        moving: symbols that are lengths, whatever they are in the inputs.
-        """
-        for turn, length in enumerate(lengths):
-            symbols = sorted(self.free, key=str, reverse=bool(turn % 2))
-            sizes: dict[Any, int] = {}
-            for place, symbol in enumerate(symbols):
-                least, greatest, positions = self.free[symbol]
-                wanted = length + 3 * place if positions or symbol in moving else 2
-                sizes[symbol] = min(max(wanted, least), greatest)
-            yield sizes
-
-    def _positions(
+    def _form(
         self,
         maskings: tuple[Masking, ...],
         whole: MaskParts,
         data: list[Part],
         queries: Any,
         keys: Any,
-    ) -> tuple[bool, int, str]:
-        """(causal, window, ""), or the sentence why it is neither."""
+    ) -> Form:
+        """What the positional part is; what depends on data lets all keys through meanwhile."""
         known = {p.node: (not p.negated) for p in data} | {b.node: 0 for b in whole.biases}
-        fixed = isinstance(queries, int) and isinstance(keys, int)
-        bound = 0 if fixed else self._greatest_constant(maskings, set(known))
-        if bound > _LONGEST:
-            return False, 0, f"its constant {bound} is too long to try lengths around it"
-        around = [bound - 1, bound, bound + 1] + ([2 * bound + 3] if bound <= 2048 else [])
-        lengths = sorted({*_SHORT, *(n for n in around if bound and n > 1)})
-        moving = frozenset(symbol for size in (queries, keys) for symbol in free_symbols(size))
-        seen: dict[tuple[int, int], Tensor] = {}
-        for sizes in self._sizes(lengths, moving):
-            form = (size_at(queries, sizes), size_at(keys, sizes))
-            try:
-                seen[form] = self._visible(maskings, known, sizes, form)
-            except (RuntimeError, IndexError, LookupError):
-                continue
-            except ValueError as error:
-                return False, 0, str(error)
-        if len(seen) < (1 if fixed else 4):
-            return False, 0, "it cannot be computed at four lengths"
-        return recognize(list(seen.values()))
+
+        def evaluate(sizes: Sizes, given: dict[Node, Any], form: tuple[int, int]) -> Tensor:
+            return self._visible(maskings, sizes, given, form)
+
+        roots = tuple(m.node for m in maskings)
+        return self.lengths.form(Problem(roots, known, queries, keys, evaluate))
 
     def _visible(
         self,
         maskings: tuple[Masking, ...],
-        known: dict[Node, Any],
-        sizes: dict[Any, int],
+        sizes: Sizes,
+        given: dict[Node, Any],
         form: tuple[int, int],
     ) -> Tensor:
         """[queries, keys]: what the positional parts let through; ValueError if they also bias."""
-        given: dict[Node, Any] = {n: blank(n, sizes, value) for n, value in known.items()}
         visible = torch.ones(form, dtype=torch.bool)
         for masking in maskings:
             value: Tensor = self.positional.evaluate(masking.node, sizes, given)
@@ -217,56 +183,3 @@ class MaskProver:
                 raise ValueError("it differs between heads or examples")
             visible = visible & value[0]
         return visible
-
-    def _greatest_constant(self, maskings: tuple[Masking, ...], known: set[Node]) -> int:
-        """The greatest number that positions are compared or moved with."""
-        greatest, todo, seen = 0, [m.node for m in maskings], set[Node](known)
-        while todo:
-            node = todo.pop()
-            if node in seen or is_size(node.meta.get("val")):
-                continue
-            seen.add(node)
-            name = getattr(getattr(node.target, "_schema", None), "name", "").split("::")[-1]
-            if name in _COMPARES | _MOVES | _CUTS and not _floating(node):
-                numbers = [abs(a) for a in node.args if isinstance(a, (int, float))]
-                greatest = max([greatest, *(int(n) for n in numbers)])
-            todo += node.all_input_nodes
-        return greatest
-
-
-def _floating(node: Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def formula(queries: int, keys: int, causal: bool, window: int) -> Tensor:
-    """[queries, keys], True where query i sees key j; the last query sits at the last key."""
-    last = torch.arange(queries)[:, None] + (keys - queries)
-    key = torch.arange(keys)[None, :]
-    visible = key <= last if causal else torch.ones(queries, keys, dtype=torch.bool)
-    return visible & (key > last - window) if window else visible
-
-
-def recognize(seen: list[Tensor]) -> tuple[bool, int, str]:
-    """(causal, window, "") of masks [queries, keys] at several lengths, or the sentence why not."""
-    widest = max(seen, key=lambda mask: mask.numel())
-    window = int(widest[-1].sum())
-    guesses = [(False, 0), (True, 0)]
-    guesses += [(True, window), (False, window)] if window > 0 else []
-    for causal, width in guesses:
-        if all(torch.equal(m, formula(len(m), m.shape[1], causal, width)) for m in seen):
-            return causal, width, ""
-    return False, 0, _difference(sorted(seen, key=lambda mask: mask.numel()))
-
-
-def _difference(seen: list[Tensor]) -> str:
-    """Where the shortest mask that is not causal differs from a causal one."""
-    reason = "its positional part is neither causal nor a window"
-    for mask in seen:
-        queries, keys = mask.shape
-        wrong = (mask != formula(queries, keys, True, 0)).nonzero().tolist()
-        if wrong:
-            i, j = wrong[0]
-            sees = "sees" if bool(mask[i, j]) else "does not see"
-            return f"{reason}: query {i} of {queries} {sees} key {j} of {keys}"
-    return reason

@@ -19,8 +19,8 @@ from planish.ir.program import Program
 from planish.ir.text import program_text
 from planish.passes.canonicalize import Canonicalize
 from planish.passes.drop_dead import DropDead
+from planish.passes.mask_positions import Form, formula, recognize, whole
 from planish.passes.pipeline import Pipeline
-from planish.passes.prove_mask import formula, recognize
 from planish.passes.raise_attention import RaiseAttention
 from torch import Tensor, nn
 from torch.export import Dim
@@ -408,11 +408,10 @@ def test_equal_masks_are_built_once() -> None:
 
 
 def test_recognize_takes_every_element() -> None:
-    masks = [formula(n, n, True, 0) for n in (3, 5, 9)]
-    assert recognize(masks) == (True, 0, "")
-    masks[1] = masks[1].clone()
-    masks[1][2, 4] = True
-    assert recognize(masks)[2] != ""
+    masks = [whole(torch.ones(n, n, dtype=torch.bool).tril()) for n in (3, 5, 9)]
+    assert recognize(masks) == Form(causal=True)
+    masks[1].visible[2, 4] = True
+    assert recognize(masks).fault != ""
 
 
 @pytest.mark.parametrize("uniform", [False, True])
@@ -421,7 +420,9 @@ def test_recognize_takes_every_element() -> None:
 def test_reference_against_the_formula(uniform: bool, softcap: float, additive: bool) -> None:
     """The operation itself, in float64, blind queries included."""
     q, k, v, pad = (x.double() if x.is_floating_point() else x for x in inputs(heads=2))
-    visible = pad[:, None, None, :] & formula(QUERIES, KEYS, True, 4)
+    visible = pad[:, None, None, :] & formula(
+        torch.arange(QUERIES) + KEYS - QUERIES, torch.arange(KEYS), True, 4
+    )
     scores = 0.3 * torch.einsum("bhqd,bhkd->bhqk", q, k.repeat_interleave(3, 1))
     scores = softcap * torch.tanh(scores / softcap) if softcap else scores
     scores = scores.masked_fill(~visible, torch.finfo(torch.float64).min)
