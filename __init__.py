@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .api import explain as explain
     from .api import optimize as optimize
     from .api import trace as trace
+    from .generator import Generator as Generator
     from .ir.errors import PlanishError as PlanishError
     from .ir.pattern import op as op
     from .ir.program import Node as Node
@@ -30,6 +31,7 @@ _HOMES = {
     "explain": "api",
     "optimize": "api",
     "trace": "api",
+    "Generator": "generator",
     "PlanishError": "ir.errors",
     "op": "ir.pattern",
     "Node": "ir.program",

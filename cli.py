@@ -1,4 +1,4 @@
-"""The command line: demo, export, explain, passes, recipes.
+"""The command line: demo, export, explain, generate, passes, recipes.
 
 torch is imported by the commands that need it, so that `planish --help` answers at once.
 """
@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__
+from .cli_generate import generate
 from .cli_print import INTERRUPTED, check_json_target, show, speaking_plainly, write_json
 
 app = typer.Typer(
@@ -163,6 +164,9 @@ def demo(
         from .demo import run_demo
 
         write_json(json_file, run_demo(out, [name.strip() for name in recipes.split(",")], force))
+
+
+app.command()(generate)
 
 
 def _terminated(signum: int, frame: Any) -> None:

@@ -17,6 +17,8 @@ from .ir.errors import CorruptFile, MissingExtra, PlanishError, SourceNotFound
 TOKENIZER = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
+_INCOMPLETE = "\ufffd"
+_IN_VIEW = 8
 
 Message = Mapping[str, str]
 """{"role": "user", "content": "..."}"""
@@ -158,20 +160,23 @@ class TextStream:
     """The text of tokens that come one by one; never a half character.
 
     `add` gives what a token adds, which is nothing while the bytes of a character are incomplete.
-    The tokens of the last piece stay in view, because some tokenizers spell a token at the
-    beginning of a text without the space that it has within one.
+    before: the tokens that the text follows. Its last ones, and later those of the last piece,
+    stay in view, because some tokenizers spell a token at the beginning of a text without the
+    space that it has within one.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._shown: list[int] = []
+        self._shown = list(before[-_IN_VIEW:])
+        if tokenizer.decode(self._shown).endswith(_INCOMPLETE):
+            self._shown = []
         self._waiting: list[int] = []
 
     def add(self, token: int) -> str:
         """What the text grows by."""
         self._waiting.append(token)
         piece = self._piece()
-        if not piece or piece.endswith("\ufffd"):
+        if not piece or piece.endswith(_INCOMPLETE):
             return ""
         self._shown, self._waiting = self._waiting, []
         return piece
