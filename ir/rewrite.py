@@ -18,7 +18,7 @@ from torch import fx
 
 from .edit import Editor
 from .errors import PatternError
-from .history import Applied, Declined
+from .history import Applied, Declined, Measured
 from .pattern import Attempt, Expression, OpPattern, Wild, bound_arguments, match
 from .program import Node, Program
 from .text import value_names
@@ -69,6 +69,7 @@ class Journal:
         self.count = 0
         self.touched: list[tuple[int, str, str]] = []
         self.changed_weights: list[tuple[int, str]] = []
+        self.measured: list[Measured] = []
         self._names = {node.name: name for node, name in value_names(program.graph).items()}
         self._applied: list[tuple[int, str, str, str, str, str]] = []
         self._declined: list[Declined] = []

@@ -131,7 +131,7 @@ class Pipeline:
             nbytes=(before.nbytes(), after.nbytes()),
             applied=attempt.journal.applied_records(after),
             declined=_declined(step, attempt, dropped),
-            measured=attempt.verdict.measured,
+            measured=[*attempt.journal.measured, *attempt.verdict.measured],
             rolled_back=[record for d in dropped for record in d.applied],
         )
         after.history.records.append(record)
