@@ -29,15 +29,23 @@ def lower_for_cpu(program: Program) -> tuple[Program, list[str]]:
     The copy's weights hold the packed parts in place of the encoded ones; a table and the head
     tied to it share theirs.
     """
+    lowered, sentences = pack_weights(program)
+    editor = Editor(lowered)
+    sentences += _lower_attention(editor)
+    editor.sweep()
+    return lowered, sentences
+
+
+def pack_weights(program: Program) -> tuple[Program, list[str]]:
+    """A copy with packed kernels for encoded weights, and a sentence for each of these."""
     lowered = program.copy()
     editor = Editor(lowered)
     selection = select(lowered)
     for choice in selection.choices:
         if not choice.declined:
             _use_packed(editor, choice)
-    sentences = [*selection.sentences, *_lower_attention(editor)]
     editor.sweep()
-    return lowered, sentences
+    return lowered, selection.sentences
 
 
 def _use_packed(editor: Editor, choice: Choice) -> None:

@@ -1,0 +1,128 @@
+"""A decoder on the CPU: the steps of a cached program in C, its cache kept in place.
+
+    decoder = TorchDecoder(program)          # program: with a KV cache (insert_kv_cache)
+    logits = decoder.advance(prompt, last=1)
+    logits = decoder.advance([int(logits[-1].argmax())])
+
+Nothing is compiled when a decoder is made, but for the C kernels on the first use on a machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .codegen.decode_plan import BoundPlan, Caches
+from .codegen.lower_cpu import pack_weights
+from .codegen.lower_decode import CannotDecode, Layer, layers_of, lower_plan
+from .ir.errors import TextTooLong, WrongInput
+from .ir.program import Program
+from .kernels.plan_cpu import KEY_BLOCK, why_not
+
+FEW = 8
+"""Tokens that are decoded at once with every weight read once."""
+ROOM = 192
+"""Tokens of a prompt that are computed at once."""
+
+
+class TorchDecoder:
+    """One text (batch 1) under way; a `Decoder`.
+
+    Raises CannotDecode for a program without a cache, or one that does not compute in float32.
+    """
+
+    def __init__(self, program: Program) -> None:
+        if reason := why_not():
+            raise CannotDecode("decoding needs its C kernels", found=reason, fix="install gcc")
+        packed, self.choices = pack_weights(program)
+        self._program = packed
+        self._layers = layers_of(packed)
+        self._few = BoundPlan(lower_plan(packed, few=True), FEW)
+        self._many: BoundPlan | None = None
+        self._caches = _empty(self._layers, KEY_BLOCK)
+        self._length = 0
+        self.vocabulary = int(program.results[0].meta["val"].shape[-1])
+        cache = program.metadata.get("cache")
+        self.context: int | None = cache.get("context") if isinstance(cache, dict) else None
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache."""
+        return self._length
+
+    def advance(self, tokens: Sequence[int], last: int | None = None) -> Tensor:
+        """Append tokens; logits [min(last, len(tokens)), vocabulary] float32 of the last ones.
+
+        Raises TextTooLong, and WrongInput for no tokens or unknown ones.
+        """
+        self._check(tokens)
+        ids = torch.tensor([tokens], dtype=torch.int64)
+        wanted = len(tokens) if last is None else min(last, len(tokens))
+        self._reserve(self._length + len(tokens))
+        plan = self._plan(len(tokens))
+        rows: list[Tensor] = []
+        for start in range(0, len(tokens), plan.room):
+            part = ids[:, start : start + plan.room]
+            left = len(tokens) - start - part.shape[1]  # tokens after this part
+            count = min(max(wanted - left, 1), part.shape[1])
+            logits = plan.run(
+                part, self._length, count, self._caches, None, torch.get_num_threads()
+            )
+            self._length += part.shape[1]
+            if wanted > left:
+                rows.append(logits[-count:])
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+    def rewind(self, length: int) -> None:
+        """Forget everything after the first `length` tokens."""
+        if not 0 <= length <= self._length:
+            raise WrongInput(
+                "a text can only become shorter",
+                expected=f"0 to {self._length} tokens",
+                found=str(length),
+            )
+        self._length = length
+
+    def _plan(self, tokens: int) -> BoundPlan:
+        if tokens <= FEW:
+            return self._few
+        if self._many is None:
+            self._many = BoundPlan(lower_plan(self._program, few=False), ROOM)
+        return self._many
+
+    def _check(self, tokens: Sequence[int]) -> None:
+        if self.context is not None and self._length + len(tokens) > self.context:
+            raise TextTooLong(
+                "the text would be longer than the model's context",
+                expected=f"at most {self.context} tokens",
+                found=f"{self._length} in the cache and {len(tokens)} new ones",
+                fix="shorten the text or rewind",
+            )
+        unknown = [token for token in tokens if not 0 <= token < self.vocabulary]
+        if unknown or not tokens:
+            raise WrongInput(
+                "the tokens are not of this vocabulary" if unknown else "there are no tokens",
+                expected=f"at least one number from 0 to {self.vocabulary - 1}",
+                found=str(unknown[0]) if unknown else "none",
+            )
+
+    def _reserve(self, length: int) -> None:
+        """Room for a text of `length` tokens: buffers double, what they hold is kept."""
+        held = self._caches.capacity
+        if length <= held:
+            return
+        grown = _empty(self._layers, -(-max(length, 2 * held) // KEY_BLOCK) * KEY_BLOCK)
+        for old, new in zip(self._caches.buffers, grown.buffers, strict=True):
+            new[:, : old.shape[1]].copy_(old)
+        self._caches = grown
+
+
+def _empty(layers: Sequence[Layer], capacity: int) -> Caches:
+    buffers: list[Tensor] = []
+    for layer in layers:
+        buffers.append(torch.zeros(layer.kv_heads, capacity // 16, layer.head, 16))
+        width = -(-layer.value_head // 16) * 16
+        buffers.append(torch.zeros(layer.kv_heads, capacity, width))
+    return Caches(buffers, capacity)
