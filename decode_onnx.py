@@ -12,10 +12,13 @@ import torch
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # pyright: ignore
 from torch import Tensor
 
-from .codegen.run_onnx import session_options
+from .check_text import check_length, check_tokens
 from .decoder_folder import MODEL, DecoderFolder, NotADecoderFolder, read_decoder_folder
-from .ir.errors import CorruptFile, TextTooLong, WrongInput
+from .ir.errors import CorruptFile, WrongInput
 from .onnx_cache import CachePorts, GrowingCache, OnnxCache, SharedCache
+
+MASK = "attention_mask"
+"""Ones over past and new tokens, for a model captured with a padding mask."""
 
 PIECE = 512
 """The most tokens of one run, which bounds the memory that a long prompt takes."""
@@ -42,7 +45,7 @@ class OnnxDecoder:
         described = folder if isinstance(folder, DecoderFolder) else read_decoder_folder(folder)
         self.folder = described
         self._session = _load(described.path / MODEL, threads)
-        self._ids, self._logits, ports, self._mask_dtype = _ports(self._session, described)
+        self._ids, self._mask, self._logits, ports = _ports(self._session, described)
         self._binding: Any = self._session.io_binding()
         self._length = 0
         self._cache: OnnxCache = (
@@ -100,8 +103,8 @@ class OnnxDecoder:
         count, total = len(tokens), self._length + len(tokens)
         self._cache.bind(self._binding, self._length, total)
         self._bind_input(self._ids.name, np.array([tokens], _DTYPES[self._ids.type]))
-        if self.folder.mask:
-            self._bind_input(self.folder.mask, np.ones((1, total), self._mask_dtype))
+        if self._mask is not None:
+            self._bind_input(self._mask.name, np.ones((1, total), _DTYPES[self._mask.type]))
         rows = min(self.folder.logits or count, count)
         logits = np.empty((1, rows, self.vocabulary), _DTYPES[self._logits.type])
         self._binding.bind_ortvalue_output(
@@ -114,30 +117,6 @@ class OnnxDecoder:
 
     def _bind_input(self, name: str, array: np.ndarray) -> None:
         self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
-
-
-def check_tokens(tokens: Sequence[int], vocabulary: int) -> None:
-    """Raise WrongInput unless there are tokens, all of them of the vocabulary."""
-    wrong = next((token for token in tokens if not 0 <= token < vocabulary), None)
-    if wrong is None and len(tokens) > 0:
-        return
-    raise WrongInput(
-        f"token id {wrong} is not in the model's vocabulary" if len(tokens) else "no tokens",
-        expected=f"one or more ids from 0 to {vocabulary - 1}",
-        found=str(wrong) if len(tokens) else "none",
-        fix="use the tokenizer that belongs to the model",
-    )
-
-
-def check_length(length: int, more: int, context: int | None) -> None:
-    """Raise TextTooLong unless `more` tokens fit after `length`."""
-    if context is not None and length + more > context:
-        raise TextTooLong(
-            "the text does not fit into the model's context",
-            expected=f"at most {context} tokens",
-            found=f"{length} tokens and {more} more" if length else f"{more} tokens",
-            fix="shorten the prompt, or ask for fewer new tokens",
-        )
 
 
 def _pieces(count: int, wanted: int, rows: int) -> Iterator[tuple[int, int, int]]:
@@ -155,8 +134,11 @@ def _pieces(count: int, wanted: int, rows: int) -> Iterator[tuple[int, int, int]
 
 def _load(file: Path, threads: int) -> ort.InferenceSession:
     broken = (ort_errors.InvalidProtobuf, ort_errors.InvalidGraph, ort_errors.Fail)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # errors only
     try:
-        return ort.InferenceSession(file, session_options(threads))
+        return ort.InferenceSession(file, options)
     except broken as error:
         raise CorruptFile(
             "onnxruntime cannot read the model",
@@ -166,10 +148,10 @@ def _load(file: Path, threads: int) -> ort.InferenceSession:
         ) from error
 
 
-def _ports(session: ort.InferenceSession, told: DecoderFolder) -> tuple[Any, Any, CachePorts, Any]:
-    """The ids' input, the logits' output, those of the cache, and the dtype of the mask."""
+def _ports(session: ort.InferenceSession, told: DecoderFolder) -> tuple[Any, Any, Any, CachePorts]:
+    """The inputs of the ids and of the mask, if there is one, the logits, and the cache."""
     inputs = {port.name: port for port in session.get_inputs()}
-    mask = inputs.pop(told.mask) if told.mask in inputs else None
+    mask = inputs.pop(told.mask or MASK, None)
     ids, *past = inputs.values()
     logits, *present = session.get_outputs()
     layers = len(told.shapes)
@@ -188,4 +170,4 @@ def _ports(session: ort.InferenceSession, told: DecoderFolder) -> tuple[Any, Any
         shapes,
         _DTYPES[past[0].type] if past else np.float32,
     )
-    return ids, logits, ports, _DTYPES[mask.type] if mask else None
+    return ids, mask, logits, ports

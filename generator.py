@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
 
 from torch import Tensor
 
-from .decode_onnx import OnnxDecoder, check_length, check_tokens
+from .check_text import check_length, check_tokens
 from .decoder import Decoder
-from .decoder_folder import read_decoder_folder
+from .decoder_folder import DecoderFolder, read_decoder_folder
 from .generation import Generation, Limits, Stream
-from .ir.errors import UnknownOption, WrongInput, WrongOption
+from .ir.errors import MissingExtra, UnknownOption, WrongInput, WrongOption
 from .sampling import Sampling
 from .stopping import StopText
 from .tokenizer import Message, TextStream, Tokenizer
@@ -71,7 +71,7 @@ class Generator:
             ends = folder.ends if ends is None else ends
             if tokenizer is None and folder.has_tokenizer:
                 tokenizer = Tokenizer(folder.path)
-            decoder = OnnxDecoder(folder, threads=threads)
+            decoder = _onnx_decoder(folder, threads)
         self.decoder, self.tokenizer = decoder, tokenizer
         self.begin, self.ends = begin, frozenset(ends or ())
         self.drafter = drafter
@@ -222,6 +222,18 @@ def plain_tokens(
         text.append(token)
         yield token
         new = [token]
+
+
+def _onnx_decoder(folder: DecoderFolder, threads: int) -> Decoder:
+    try:
+        from .decode_onnx import OnnxDecoder
+    except ModuleNotFoundError as missing:
+        raise MissingExtra(
+            "running a decoder folder needs onnxruntime",
+            found=str(missing),
+            fix="pip install 'planish[onnx]'",
+        ) from missing
+    return OnnxDecoder(folder, threads=threads)
 
 
 def _token_ids(prompt: Any) -> list[int]:

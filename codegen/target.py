@@ -22,8 +22,11 @@ Export = Callable[..., Mapping[str, Any] | None]
 It returns what the manifest should tell besides, section by section, or None.
 """
 
-Extra = Callable[[Path], Mapping[str, Any] | None]
-"""extra(folder): adds files beside those of the target; returns sections of the manifest."""
+Extra = Callable[[Path, Mapping[str, Any]], Mapping[str, Any] | None]
+"""extra(folder, sections): adds files beside those of the target.
+
+It is told the sections that the target returned, and returns more of them or replaces some.
+"""
 
 
 @dataclass(frozen=True)
@@ -146,9 +149,9 @@ def export_program(
 ) -> Path:
     """Write a program as a folder of a target; returns the folder.
 
-    extra: called with the folder when the target has written it and before it is put in place,
-    to add files (a tokenizer's, say); what it returns goes into the manifest. The folder appears
-    whole or not at all. Raises UnknownTarget, UnknownOption, WrongOption, OutputExists (unless
+    extra: called when the target has written the folder and before it is put in place, to add
+    files (a tokenizer's, say); what it returns goes into the manifest. The folder appears whole or
+    not at all. Raises UnknownTarget, UnknownOption, WrongOption, OutputExists (unless
     force), OutputNotWritable, UnsupportedByTarget.
     """
     from .bundle import describe, write_bundle
@@ -160,7 +163,7 @@ def export_program(
 
     def write(place: Path) -> dict[str, Any]:
         sections = found.export(program, place, chosen, told, **given) or {}
-        more = (extra(place) if extra else None) or {}
+        more = (extra(place, sections) if extra else None) or {}
         return {**describe(program, found.name, chosen, given, told), **sections, **more}
 
     return write_bundle(folder, write, force=force)

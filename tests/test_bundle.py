@@ -6,7 +6,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +190,7 @@ def test_further_files_join_the_export_before_it_is_in_place(
 ) -> None:
     out = tmp_path / "out"
 
-    def extra(folder: Path) -> dict[str, Any]:
+    def extra(folder: Path, sections: Mapping[str, Any]) -> dict[str, Any]:
         assert (folder / "model.onnx").exists() and not out.exists()
         (folder / "tokenizer.json").write_text("{}")
         return {"generation": {"stop": [2]}}
@@ -198,7 +198,7 @@ def test_further_files_join_the_export_before_it_is_in_place(
     told = json.loads((export_program(program, out, "onnx", extra=extra) / MANIFEST).read_text())
     assert told["generation"] == {"stop": [2]} and "tokenizer.json" in told["files"]
 
-    def failing(folder: Path) -> None:
+    def failing(folder: Path, sections: Mapping[str, Any]) -> None:
         raise KeyError("no tokenizer")
 
     with pytest.raises(KeyError):
