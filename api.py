@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .decoder_source import DecoderSource
 from .ir.errors import WrongInput
 from .ir.history import History
 from .ir.program import Program
@@ -78,7 +79,8 @@ def optimize(
         line.progress = progress
     probes = [list(program.examples)] if program.examples else []
     result = line.run(program, probes=[*probes, *batches[:2]], calibration=batches)
-    return Optimized(result, chosen, dict(options or {}))
+    source = DecoderSource.of(model) if "cache" in result.metadata else None
+    return Optimized(result, chosen, dict(options or {}), source)
 
 
 def explain(model: Model | Optimized, args: tuple[Any, ...] = (), **kwargs: Any) -> Report:
@@ -110,11 +112,15 @@ def _as_tuple(args: Any) -> tuple[Any, ...]:
 
 @dataclass
 class Optimized:
-    """An optimized model: called like the original, exported to a target."""
+    """An optimized model: called like the original, exported to a target.
+
+    source: of a decoder with a KV cache, what its origin tells about tokens and text.
+    """
 
     program: Program
     recipe: Recipe
     options: dict[str, Any] = field(default_factory=dict[str, Any])
+    source: DecoderSource | None = None
     _callable: Callable[..., Any] | None = field(default=None, repr=False)
 
     @property
@@ -147,6 +153,8 @@ class Optimized:
         the activations of packed matmuls too.
 
         Raises OutputExists (unless force), OutputNotWritable, UnknownTarget, UnsupportedByTarget.
+        A decoder with a KV cache, written to onnx, becomes a folder that `Generator` reads: with
+        tokenizer, generation_config.json and genai_config.json, as far as the source has them.
         The folder appears whole or not at all.
         """
         from .codegen.target import export_program
@@ -160,4 +168,12 @@ class Optimized:
             force=force,
             metadata=metadata,
             options=options,
+            extra=self._decoder_files,
         )
+
+    def _decoder_files(self, folder: Path, sections: Mapping[str, Any]) -> dict[str, Any]:
+        if self.source is None or "decoder" not in sections:
+            return {}
+        from .decoder_folder import write_decoder_files
+
+        return write_decoder_files(self.source, folder, sections["decoder"])

@@ -14,6 +14,7 @@ from .cli_lists import describe_contract
 from .cli_order import Order, check_order, read_calibration
 from .cli_print import megabytes, progress_bar, show, table, working
 from .codegen.target import find_target
+from .decoder_source import DecoderSource
 from .ir.errors import WrongOption
 from .ir.program import Program
 from .passes.contract import Pass
@@ -86,6 +87,8 @@ def export_model(order: Order) -> dict[str, Any]:
             verify=order.verify,
             progress=advance,
         )
+    if order.kv_cache:
+        optimized.source = DecoderSource.of(order.source)  # the program no longer knows it
     seconds["optimize"] = time.perf_counter() - begun
     begun = time.perf_counter()
     with working(f"write {order.out}"):
