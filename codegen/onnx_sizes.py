@@ -120,7 +120,7 @@ def _unknown(b: Builder, expression: sympy.Expr) -> UnsupportedByTarget:
 
 
 def _read(b: Builder, symbol: sympy.Symbol) -> Value:
-    found = b.memo.get(("symbol", symbol))
+    found: Any = b.memo.get(("symbol", symbol))
     if found is None:
         raise UnsupportedByTarget(
             f"the size {symbol} is not the length of any axis",
@@ -129,7 +129,7 @@ def _read(b: Builder, symbol: sympy.Symbol) -> Value:
         )
     value, axis = found
     if axis is None:
-        return value
+        return value if isinstance(value, Value) else value()
     return b.op("Shape", value, dtype=INT64, start=axis, end=axis + 1)
 
 

@@ -9,6 +9,7 @@ from . import (
     onnx_activations,
     onnx_attention,
     onnx_create,
+    onnx_group_query,
     onnx_index,
     onnx_logic,
     onnx_matmul,
@@ -16,6 +17,7 @@ from . import (
     onnx_pointwise,
     onnx_reduce,
     onnx_shape_ops,
+    onnx_skip_norm,
 )
 from .onnx_call import Table, Translation
 
@@ -30,6 +32,8 @@ TABLE: Table = (
     | onnx_norm.TABLE
     | onnx_matmul.TABLE
     | onnx_attention.TABLE
+    | onnx_group_query.TABLE
+    | onnx_skip_norm.TABLE
 )
 
 
