@@ -35,7 +35,8 @@ class Attention:
     """An attention as it was found. root: its result, of shape [batch, heads, queries, channels],
 
     or with batch and heads joined (`joined`), without heads (`single`), or with axes in another
-    order (`order`).
+    order (`order`). factors: values [.., queries or 1, 1] that multiply (or, if true, divide) the
+    queries. floor: the least that a masked score is let be.
     """
 
     root: Node
@@ -50,6 +51,8 @@ class Attention:
     single: bool = False
     joined: bool = False
     order: tuple[int, ...] = ()
+    factors: tuple[tuple[Node, bool], ...] = ()
+    floor: float | None = None
 
 
 def read_sdpa(node: Node, number: Number) -> Attention:
@@ -93,7 +96,7 @@ def read_softmax(node: Node, number: Number) -> Attention | None:
     found = Attention(
         root, q, k, v, scores.scale, scores.softcap, False, tuple(scores.maskings), scores.sinks
     )
-    found.order = order
+    found.order, found.factors, found.floor = order, tuple(scores.factors), scores.floor
     found.joined = v.joined
     found.single = all(len(x.sizes) == 3 for x in (q, k, v)) and len(shape(root)) == 3
     return _settled(found, number)

@@ -24,7 +24,8 @@ Number = Callable[[Any], float | None]
 JOIN_GROUPS = (aten.flatten.using_ints, (1, 2))
 """[b, kv_heads, groups, length, channels] to [b, heads, length, channels]."""
 
-_LAYOUT = (
+_LINEAR = (
+    torch.ops.planish.rotary.default,
     aten.reshape.default,
     aten.transpose.int,
     aten.permute.default,
@@ -105,7 +106,7 @@ def _without_scale(node: Node, number: Number) -> tuple[Node, float]:
 
 
 def unscaled(found: Operand, number: Number) -> Operand:
-    """Without the scales under layout operations, which are replayed on the unscaled value."""
+    """Without the scales under rotary embeddings and layout operations, which are replayed."""
     node, chain, factor = found.base, list[tuple[Any, tuple[Any, ...]]](), 1.0
     best = (found.base, 0, 1.0)
     while True:
@@ -113,7 +114,7 @@ def unscaled(found: Operand, number: Number) -> Operand:
         if scaled is not None:
             node, factor = scaled[0], factor * scaled[1]
             best = (node, len(chain), factor)
-        elif node.target in _LAYOUT and isinstance(node.args[0], fx.Node):
+        elif node.target in _LINEAR and isinstance(node.args[0], fx.Node):
             chain.append((node.target, tuple(node.args[1:])))
             node = node.args[0]
         else:

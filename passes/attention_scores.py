@@ -19,6 +19,7 @@ from ..ir.edit import same_shape, same_size, shape, value_of
 from ..ir.pattern import bound_arguments
 from ..ir.program import Node
 from .mask_choice import read_choice
+from .mask_parts import ABSORBS
 from .prove_mask import Masking
 
 aten = torch.ops.aten
@@ -26,6 +27,15 @@ aten = torch.ops.aten
 PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
 COPIES = (aten._to_copy.default, aten.clone.default, aten.alias.default, aten.type_as.default)
 _MUL_DIV = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
+
+
+_FLOORS = (
+    aten.maximum.default,
+    aten.max.other,
+    aten.clamp_min.default,
+    aten.clamp_min.Tensor,
+    aten.clamp.default,
+)
 
 
 class Unreadable(Exception):
@@ -36,11 +46,14 @@ class Unreadable(Exception):
 class Scores:
     """What was read. interior: every value on the way, which only the attention may read.
 
-    maskings: in the order in which they were applied.
+    maskings: in the order in which they were applied. factors: values [.., 1] that multiply (or,
+    if true, divide) all scores of a query. floor: the least that a masked score is let be.
     """
 
     product: Node
     scale: float = 1.0
+    factors: list[tuple[Node, bool]] = field(default_factory=list[tuple[Node, bool]])
+    floor: float | None = None
     softcap: float = 0.0
     maskings: list[Masking] = field(default_factory=list[Masking])
     sinks: Node | None = None
@@ -91,6 +104,10 @@ class _Reader:
             return scaled[0], factor * scaled[1]
         if node.target in COPIES or _dropout_off(node):
             return source, factor
+        if (broad := _times_factor(node)) is not None:
+            return broad[0], factor
+        if (low := self._floor(node)) is not None and factor > 0 and low[1] * factor <= ABSORBS:
+            return low[0], factor
         if node.target is aten.reshape.default:
             if not _joins_or_parts_heads(node, source):
                 raise Unreadable("the scores are reshaped across queries or keys")
@@ -146,9 +163,6 @@ class _Reader:
             elif isinstance(other, fx.Node):
                 sign = -1.0 if node.target is aten.sub.Tensor else 1.0
                 masking = Masking(other, factor * sign, space=space)
-                if not value_of(other).is_floating_point():
-                    kind = str(value_of(other).dtype).removeprefix("torch.")
-                    raise Unreadable(f"the mask added to the scores is {kind}, not floating")
         elif node.target is aten.tanh.default:
             if scores.maskings:
                 raise Unreadable("a mask is applied under the soft cap")
@@ -158,6 +172,10 @@ class _Reader:
             scores.softcap, scores.scale = factor, scores.scale * factor
         elif node.target is aten.cat.default:
             scores.sinks = _sinks(node)
+        elif (broad := _times_factor(node)) is not None:
+            self._factor(node, broad[1], broad[2], scores)
+        elif (low := self._floor(node)) is not None:
+            scores.floor = low[1] * factor
         elif times_number(node, self.number) is None:
             choice = read_choice(node, factor, self.number)
             if choice is not None:
@@ -166,8 +184,26 @@ class _Reader:
             raise Unreadable("a mask has more examples or heads than the scores")
         if masking is not None and scores.sinks is not None:
             raise Unreadable("a mask is applied to the sinks too")
+        if masking is not None and scores.floor is not None:
+            raise Unreadable("a mask is applied to scores that have a floor")
         if masking is not None:
             scores.maskings.append(masking)
+
+    def _factor(self, node: Node, factor: Node, divides: bool, scores: Scores) -> None:
+        if scores.maskings or scores.softcap or scores.sinks or scores.floor is not None:
+            raise Unreadable("masked or capped scores are multiplied by a tensor")
+        if len(shape(node)) != 4 or len(shape(scores.product)) != 4:
+            raise Unreadable("scores without an axis of heads are multiplied by a tensor")
+        scores.factors.append((factor, divides))
+
+    def _floor(self, node: Node) -> tuple[Node, float] | None:
+        """(x, c) of max(x, c) with a known number c."""
+        if node.target not in _FLOORS or not isinstance(node.args[0], fx.Node):
+            return None
+        low = self.number(node.args[1]) if len(node.args) == 2 else None
+        if low is None or not same_shape(node, node.args[0]):
+            return None
+        return node.args[0], low
 
     def _product(self, node: Node, factor: float) -> Scores:
         scores = Scores(node, factor, interior=[node])
@@ -178,6 +214,21 @@ class _Reader:
             if weight:
                 scores.maskings.append(Masking(arguments["self"], weight, space=3))
         return scores
+
+
+def _times_factor(node: Node) -> tuple[Node, Node, bool] | None:
+    """(x, t, divides) of x * t or x / t, where t has one number for all keys of a query."""
+    divides = node.target is aten.div.Tensor
+    if node.target is not aten.mul.Tensor and not divides:
+        return None
+    pair = (node.args[0], node.args[1])
+    for x, t in (pair,) if divides else (pair, pair[::-1]):
+        if not isinstance(x, fx.Node) or not isinstance(t, fx.Node) or not same_shape(x, node):
+            continue
+        sizes, alike = shape(t), value_of(t).dtype == value_of(node).dtype
+        if alike and sizes and sizes[-1] == 1 and len(sizes) <= len(shape(x)):
+            return x, t, divides
+    return None
 
 
 def _greatest_of(node: Any) -> Node | None:

@@ -41,7 +41,11 @@ class MaskEmitter:
         told = maskings if proof.explicit else ()
         key = (proof, told, form.single, form.queries if flat else None)
         if key not in self._made:
-            made = self._explicit(maskings, form) if proof.explicit else self._left(proof, form)
+            made = (
+                self._explicit(maskings, form, proof.floor)
+                if proof.explicit
+                else self._left(proof, form)
+            )
             self._made[key] = made
         return self._made[key]
 
@@ -69,26 +73,35 @@ class MaskEmitter:
         return self._lifted(node, part.space, form)
 
     def _bias(self, bias: Bias, form: Form) -> Node:
-        return self._lifted(self._scaled(bias.node, bias.factor), bias.space, form)
+        return self._lifted(self._scaled(bias.node, bias.factor, form), bias.space, form)
 
-    def _scaled(self, node: Node, factor: float) -> Node:
+    def _scaled(self, node: Node, factor: float, form: Form) -> Node:
+        if not value_of(node).is_floating_point():
+            dtype = value_of(form.queries).dtype
+            node = self.editor.emit(aten._to_copy.default, node, dtype=dtype)
         return node if factor == 1.0 else self.editor.emit(aten.mul.Tensor, node, factor)
 
-    def _explicit(self, maskings: tuple[Masking, ...], form: Form) -> Node | None:
+    def _explicit(
+        self, maskings: tuple[Masking, ...], form: Form, floor: float | None
+    ) -> Node | None:
         """All that was done to the scores, done to zeros instead."""
         total: Node | None = None
         for masking in maskings:
             if masking.fill is None:
-                node = self._lifted(self._scaled(masking.node, masking.factor), masking.space, form)
+                node = self._lifted(
+                    self._scaled(masking.node, masking.factor, form), masking.space, form
+                )
                 total = node if total is None else self.editor.emit(aten.add.Tensor, total, node)
                 continue
             node = self._lifted(masking.node, masking.space, form)
             if masking.negated:
                 node = self.editor.emit(aten.logical_not.default, node)
-            if len(maskings) == 1 and masking.fill == -float("inf"):
+            if len(maskings) == 1 and masking.fill == -float("inf") and floor is None:
                 return node
             total = total if total is not None else self._zero(form)
             total = self.editor.emit(aten.where.ScalarOther, node, total, masking.fill)
+        if total is not None and floor is not None:
+            total = self.editor.emit(aten.clamp_min.default, total, floor)
         return total
 
     def _zero(self, form: Form) -> Node:

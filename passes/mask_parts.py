@@ -65,6 +65,12 @@ class MaskParts:
         self.parts += split_boolean(visible, number, negated)
         self.fills.add(fill)
 
+    def raise_to(self, floor: float) -> None:
+        """No masked score is less than `floor`: what hides adds up to no more than it."""
+        if all(fill <= floor for fill in self.fills):
+            self.fills = {floor} if self.fills else set()
+            self.summed = False
+
     def add(self, other: MaskParts) -> None:
         """The sum with another mask: where both hide, their fills add up."""
         self.summed |= other.summed or bool(self.fills and other.fills)

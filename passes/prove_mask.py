@@ -42,7 +42,7 @@ class Proof:
     """What the maskings of one attention amount to.
 
     explicit: why they stay one explicit mask, or "". fill: what hidden keys get where biases and
-    parts become one additive mask.
+    parts become one additive mask. floor: the least that a masked score is let be.
     """
 
     causal: bool = False
@@ -52,6 +52,7 @@ class Proof:
     fill: float = -float("inf")
     uniform: bool = False
     explicit: str = ""
+    floor: float | None = None
 
 
 class MaskProver:
@@ -63,12 +64,24 @@ class MaskProver:
         self.lengths = MaskLengths(program, self.positional)
         self._proofs: dict[Any, Proof] = {}
         self._leaf_fills: dict[Node, set[float] | None] = {}
+        self._numbers: dict[Node, float | None] = {}
 
-    def prove(self, maskings: tuple[Masking, ...], queries: Any, keys: Any, sinks: bool) -> Proof:
-        """queries, keys: the lengths (int or SymInt). sinks: whether learned sinks join in."""
-        key = (maskings, str(queries), str(keys), sinks)
+    def prove(
+        self,
+        maskings: tuple[Masking, ...],
+        queries: Any,
+        keys: Any,
+        sinks: bool,
+        floor: float | None = None,
+    ) -> Proof:
+        """queries, keys: the lengths (int or SymInt). sinks: whether learned sinks join in.
+
+        floor: the least that a masked score is let be.
+        """
+        key = (maskings, str(queries), str(keys), sinks, floor)
         if key not in self._proofs:
-            self._proofs[key] = self._prove(maskings, queries, keys, sinks)
+            proof = self._prove(maskings, queries, keys, sinks, floor)
+            self._proofs[key] = replace(proof, floor=floor)
         return self._proofs[key]
 
     def number(self, value: Any) -> float | None:
@@ -79,13 +92,35 @@ class MaskProver:
             return None
         if value.target is torch.ops.aten.full.default:
             return self.number(value.args[1])
-        fake = value.meta.get("val")
-        if value.op == "get_attr" and isinstance(fake, Tensor) and fake.numel() == 1:
-            return float(self.program.weights[str(value.target)].item())
-        return None
+        if value not in self._numbers:
+            self._numbers[value] = self._evaluated(value)
+        return self._numbers[value]
 
-    def _prove(self, maskings: tuple[Masking, ...], queries: Any, keys: Any, sinks: bool) -> Proof:
+    def _evaluated(self, node: Node) -> float | None:
+        """The number that a value of one element is, if only weights of one element make it up."""
+        if not self._is_single(node, 16):
+            return None
+        return float(self.positional.evaluate(node, {}, {}))
+
+    def _is_single(self, node: Node, depth: int) -> bool:
+        fake = node.meta.get("val")
+        if not isinstance(fake, Tensor) or node not in self.positional.nodes or depth == 0:
+            return False
+        if fake.is_complex() or not all(isinstance(s, int) and s == 1 for s in fake.shape):
+            return False
+        return all(self._is_single(read, depth - 1) for read in node.all_input_nodes)
+
+    def _prove(
+        self,
+        maskings: tuple[Masking, ...],
+        queries: Any,
+        keys: Any,
+        sinks: bool,
+        floor: float | None,
+    ) -> Proof:
         whole = self._parts(maskings)
+        if floor is not None:
+            whole.raise_to(floor)
         data = [p for p in whole.parts if p.node not in self.positional.nodes]
         form = Form()
         if len(data) != len(whole.parts):
@@ -95,6 +130,8 @@ class MaskProver:
         proof = Proof(form.causal, form.window, tuple(data), tuple(whole.biases))
         hides = form.causal or form.window > 0
         may_be_blind = bool(data) or (hides and not same_size(queries, keys))
+        if floor is not None and proof.biases:
+            may_be_blind = True  # a bias can hide as well
         return self._filled(proof, whole, bool(may_be_blind), sinks)
 
     def _parts(self, maskings: tuple[Masking, ...]) -> MaskParts:

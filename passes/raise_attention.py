@@ -51,9 +51,8 @@ class AttentionRule(Rule):
             return None
         queries, keys = found.q.sizes[2], found.k.sizes[2]
         sinks = found.sinks is not None
-        proof = self.prover.prove(found.maskings, queries, keys, sinks)
-        note = f"keeps an explicit mask: {proof.explicit}" if proof.explicit else ""
-        return Match(found.root, {"attention": found, "proof": proof}, note=note)
+        proof = self.prover.prove(found.maskings, queries, keys, sinks, found.floor)
+        return Match(found.root, {"attention": found, "proof": proof}, note=_note(proof))
 
     def _read(self, node: Node) -> Attention | None:
         if node.target is SDPA:
@@ -73,6 +72,8 @@ class AttentionRule(Rule):
         self, found: Attention, proof: Proof, editor: Editor, masks: MaskEmitter
     ) -> Node:
         q, k, v = (x.emit(editor) for x in (found.q, found.k, found.v))
+        for factor, divides in found.factors:
+            q = editor.emit(aten.div.Tensor if divides else aten.mul.Tensor, q, factor)
         mask = masks.mask(proof, found.maskings, Form(q, found.q.sizes[1], found.single))
         options: dict[str, Any] = {"scale": found.scale}
         if proof.causal or found.causal:
@@ -85,6 +86,22 @@ class AttentionRule(Rule):
             options["uniform_if_blind"] = True
         extra = [mask, found.sinks] if found.sinks is not None else [mask] if mask else []
         return editor.emit(torch.ops.planish.attention.default, q, k, v, *extra, **options)
+
+
+def _note(proof: Proof) -> str:
+    """What an attention keeps that has both axes, queries and keys."""
+    if proof.explicit:
+        return f"keeps an explicit mask: {proof.explicit}"
+    if any(_is_square(part.node) for part in proof.parts):
+        return "keeps a mask of queries by keys: it depends on the inputs"
+    if any(_is_square(bias.node) for bias in proof.biases):
+        return "keeps a bias of queries by keys"
+    return ""
+
+
+def _is_square(node: Node) -> bool:
+    sizes = shape(node)
+    return len(sizes) > 1 and sizes[-2] != 1 and sizes[-1] != 1
 
 
 def _in_place(found: Attention, result: Node, editor: Editor) -> dict[Node, Node]:

@@ -65,6 +65,8 @@ class Rotary(Rule):
         elif turn.wide:
             cos = self.tables.single(cos, _layout(turn), editor)
             sin = self.tables.single(sin, _layout(turn), editor)
+        if turn.backwards:
+            sin = op.neg(sin)
         x = _joined(turn)
         return op.rotary(x, cos, sin, True) if turn.interleaved else op.rotary(x, cos, sin)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -24,6 +24,7 @@ class Turn:
 
     x: the value, or its two parts, which are to be brought together as the result is. wide: the
     tables hold each angle twice. root: the result. sizes: those that x is to be reshaped to first.
+    backwards: by the negative angle.
     """
 
     root: Node
@@ -33,10 +34,11 @@ class Turn:
     interleaved: bool
     wide: bool
     sizes: Any = None
+    backwards: bool = False
 
 
 def read_sum(root: Node) -> Turn | str | None:
-    """x * cos + turned(x) * sin, where turned(x) is (-b, a) for the pairs (a, b) of x."""
+    """x * cos + turned(x) * sin; turned(x) is (-b, a) or (b, -a) for the pairs (a, b) of x."""
     if not calls(root, aten.add.Tensor) or bound_arguments(root)["alpha"] != 1:
         return None
     left, right = arguments(root)
@@ -49,12 +51,12 @@ def read_sum(root: Node) -> Turn | str | None:
             if pair is None:
                 continue
             first, second, interleaved = pair
-            if not calls(first, aten.neg.default):
-                return "it turns by the negative angle: the second part is negated, not the first"
-            read = read_pair(second, arguments(first)[0])
+            backwards = not calls(first, aten.neg.default)
+            one, two = (arguments(second)[0], first) if backwards else (second, arguments(first)[0])
+            read = read_pair(one, two)
             for x, cos in _orders(straight):
                 if read and read[1] == interleaved and _is_window(x, read):
-                    return Turn(root, x, cos, sin, interleaved, wide=True)
+                    return Turn(root, x, cos, sin, interleaved, True, backwards=backwards)
             fault = "the turned value is not made of the two halves of what the cosine multiplies"
     return fault
 
@@ -66,7 +68,7 @@ def _orders(node: Node) -> Iterator[tuple[Any, Any]]:
 
 
 def _quarter_turn(value: Any) -> tuple[Node, Node, bool] | None:
-    """(-b, a, interleaved) of cat([-b, a]) or of stack([-b, a], -1) reshaped; b, a any two."""
+    """(-b, a, interleaved) of cat([-b, a]) or of stack([-b, a], -1) reshaped; or one of b, -a."""
     parts = joined(value)
     if parts is None:
         return None
@@ -222,5 +224,5 @@ def partial(turn: Turn) -> Turn:
     at = (passed["dim"], passed["start"], passed["step"])
     follows = same_value(passed["self"], source) and at == (rank(x) - 1, width, 1)
     if follows and same_shape(reader, source):
-        return Turn(reader, source, turn.cos, turn.sin, turn.interleaved, turn.wide)
+        return replace(turn, root=reader, x=source)
     return turn
