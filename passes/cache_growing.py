@@ -1,0 +1,156 @@
+"""The growing form of a cache: past keys and values are joined with the new ones on every call.
+
+With a ring, a layer that sees a window of w keys returns its last w - 1 alone.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+from ..ir.edit import Editor, same_size, shape
+from ..ir.pattern import bound_arguments
+from ..ir.program import Node, Program
+from .cache_inputs import Decoder
+from .cache_positions import GrowingLengths, PlaceForms
+
+aten = torch.ops.aten
+PAST_LENGTH = "past_length"
+Pair = tuple[Node, Node]
+
+
+class GrowingCache:
+    """Inserts past_key_i, past_value_i [batch, kv_heads, past, head] and what follows from them."""
+
+    def __init__(self, program: Program, editor: Editor, decoder: Decoder, ring: bool) -> None:
+        self.program, self.editor, self.decoder, self.ring = program, editor, decoder, ring
+        self.first = next(n for n in editor.graph.nodes if n.op not in ("placeholder", "get_attr"))
+        self._sizes: dict[int, Any] = {}
+        self.notes: list[str] = []
+
+    def insert(self) -> list[Pair]:
+        """Edit the program; returns the keys and values to be kept, in order."""
+        past = [self._inputs(place, node) for place, node in enumerate(self.decoder.attentions)]
+        lengths = self._lengths(past)
+        forms = PlaceForms(self.editor, self.decoder, lengths, self.first)
+        joined = [
+            self._join(node, *pair)
+            for node, pair in zip(self.decoder.attentions, past, strict=True)
+        ]
+        forms.rewire(lambda node, mask: self._mask(node, mask, lengths))
+        self.notes += [f"%{node.name} is computed whole and cut" for node in forms.cut_tables]
+        present = [
+            self._kept(node, *pair)
+            for node, pair in zip(self.decoder.attentions, joined, strict=True)
+        ]
+        return present
+
+    def kept_window(self, attention: Node) -> int:
+        """The window that limits what is kept for an attention; 0 where all is kept."""
+        return int(bound_arguments(attention)["window"]) if self.ring else 0
+
+    def _inputs(self, place: int, attention: Node) -> Pair:
+        size = self._past_size(self.kept_window(attention))
+        key, value = (
+            add_input(self.program, self.editor, f"past_{kind}_{place}", source, size)
+            for kind, source in zip(("key", "value"), attention.args[1:3], strict=True)
+        )
+        for node in (key, value):
+            node.meta["module"] = attention.meta.get("module", "")
+        return key, value
+
+    def _past_size(self, window: int) -> Any:
+        if window not in self._sizes:
+            context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+            sized = self.editor.mode.from_tensor(torch.empty(5), symbolic_context=context)
+            self._sizes[window] = sized.shape[0]
+        return self._sizes[window]
+
+    def _lengths(self, past: Sequence[Pair]) -> GrowingLengths:
+        """What is counted where: total = past + new, from whichever inputs tell it."""
+        whole = [
+            pair[0]
+            for node, pair in zip(self.decoder.attentions, past, strict=True)
+            if not self.kept_window(node)
+        ]
+        mask = self.decoder.mask
+        kept_length = None
+        if not whole and mask is None:
+            kept_length = self._length_input()
+        if mask is not None:
+            self._lengthen_totals(self._past_size(0))
+        token, axis = next(iter(self.decoder.tokens.items()))
+        emit = self.editor.emit
+        with self.editor.at(self.first, ""):
+            new = emit(aten.sym_size.int, token, axis)
+            total = None
+            if mask is not None:
+                total = emit(aten.sym_size.int, mask, self.decoder.totals[mask])
+            if whole:
+                kept_length = emit(aten.sym_size.int, whole[0], 2)
+            elif kept_length is None:
+                kept_length = emit(operator.sub, total, new)
+            if total is None:
+                total = emit(operator.add, kept_length, new)
+        return GrowingLengths(self.editor, new, total, kept_length)
+
+    def _length_input(self) -> Node:
+        """Where every layer keeps a window only, the length of the text is an input of its own."""
+        with self.editor.graph.inserting_after(self.program.inputs[-1]):
+            node = self.editor.graph.placeholder(PAST_LENGTH)
+        node.meta["val"], node.meta["module"] = self._past_size(0), ""
+        return node
+
+    def _lengthen_totals(self, past: Any) -> None:
+        for node, axis in self.decoder.totals.items():
+            if axis is not None:
+                sizes = shape(node)
+                sizes[axis] = sizes[axis] + past
+                with self.editor.mode:
+                    node.meta["val"] = torch.empty(sizes, dtype=node.meta["val"].dtype)
+
+    def _join(self, attention: Node, key: Node, value: Node) -> Pair:
+        query, new_key, new_value, *rest = attention.args
+        with self.editor.at(attention):
+            keys = self.editor.emit(aten.cat.default, [key, new_key], 2)
+            values = self.editor.emit(aten.cat.default, [value, new_value], 2)
+        attention.args = (query, keys, values, *rest)
+        return keys, values
+
+    def _mask(self, attention: Node, mask: Node, lengths: GrowingLengths) -> Node:
+        """The columns of the keys that the layer still has."""
+        axis = len(shape(mask)) - 1
+        if not self.kept_window(attention) or same_size(shape(mask)[axis], 1):
+            return mask
+        with self.editor.at(attention):
+            keys = self.editor.emit(aten.sym_size.int, attention.args[1], 2)
+            start = self.editor.emit(operator.sub, lengths.total, keys)
+            return self.editor.emit(aten.slice.Tensor, mask, axis, start, lengths.total)
+
+    def _kept(self, attention: Node, keys: Node, values: Node) -> Pair:
+        window = self.kept_window(attention)
+        if not window:
+            return keys, values
+        emit = self.editor.emit
+        with self.editor.at(attention.next, attention.meta.get("module", "")):
+            length = emit(aten.sym_size.int, keys, 2)
+            start = emit(torch.sym_max, emit(operator.sub, length, window - 1), 0)
+            kept = [emit(aten.slice.Tensor, node, 2, start, length) for node in (keys, values)]
+        return kept[0], kept[1]
+
+
+def add_input(program: Program, editor: Editor, name: str, source: Any, size: Any) -> Node:
+    """A placeholder after the inputs, shaped as `source` but with `size` places on axis 2."""
+    assert isinstance(source, fx.Node)
+    value = source.meta["val"]
+    with program.graph.inserting_after(program.inputs[-1]):
+        node = program.graph.placeholder(name)
+    batch, heads, _, width = value.shape
+    with editor.mode:
+        node.meta["val"] = torch.empty((batch, heads, size, width), dtype=value.dtype)
+    return node
