@@ -63,19 +63,14 @@ class DecoderFolder:
 
 
 def write_decoder_files(
-    source: DecoderSource, folder: Path, sections: Mapping[str, Any]
+    source: DecoderSource, folder: Path, section: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Add to a folder with a decoder's model.onnx what generating text needs.
 
-    sections: of the manifest, as the target has written them; without a "decoder" nothing is
-    done. What is returned goes into the manifest: "decoder" with its format and the smaller of
-    the graph's context and the source's, and "genai": its type, or why there is no
-    genai_config.json. `functools.partial(write_decoder_files, DecoderSource.of(model))` is what
-    `export_program` takes as `extra`.
+    section: the manifest's "decoder", as the target has written it. What is returned goes into
+    the manifest: "decoder" with its format and the smaller of the graph's context and the
+    source's, and "genai": its type, or why there is no genai_config.json.
     """
-    if "decoder" not in sections:
-        return {}
-    section: Mapping[str, Any] = sections["decoder"]
     limits = [limit for limit in (section.get("context"), source.context) if limit]
     told = {**section, "format": FORMAT, "context": min(limits, default=None)}
     tokens = source.token_ids()
