@@ -11,7 +11,7 @@ from ..ir.edit import same_size, shape
 from ..ir.positional import Positional, free_sizes
 from ..ir.program import Node, Program
 from .cache_inputs import Decoder
-from .cache_padding import mask_at
+from .cache_padding import place_value
 
 aten = torch.ops.aten
 _PLACES = 5
@@ -38,7 +38,7 @@ def _limit(node: Node, positional: Positional, decoder: Decoder) -> int | None:
         return None
     table: Any = node.args[0] if node.args else None
     if node.target is aten.embedding.default:
-        places = mask_at(positional, node.args[1], decoder.length, _PLACES)  # type: ignore[arg-type]
+        places = place_value(positional, node.args[1], decoder.length, _PLACES)  # type: ignore[arg-type]
         return None if places is None else _rows_after(places, int(shape(table)[0]))
     is_head = node.target is aten.slice.Tensor and table.op == "get_attr"
     return int(shape(table)[int(node.args[1])]) if is_head else None  # type: ignore[arg-type]

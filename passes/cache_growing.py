@@ -29,7 +29,7 @@ class GrowingCache:
 
     def __init__(self, program: Program, editor: Editor, decoder: Decoder, ring: bool) -> None:
         self.program, self.editor, self.decoder, self.ring = program, editor, decoder, ring
-        self.first = next(n for n in editor.graph.nodes if n.op not in ("placeholder", "get_attr"))
+        self.first = first_computation(editor.graph)
         self._sizes: dict[int, Any] = {}
         self.notes: list[str] = []
 
@@ -44,11 +44,10 @@ class GrowingCache:
         ]
         forms.rewire(lambda node, mask: self._mask(node, mask, lengths))
         self.notes += [f"%{node.name} is computed whole and cut" for node in forms.cut_tables]
-        present = [
+        return [
             self._kept(node, *pair)
             for node, pair in zip(self.decoder.attentions, joined, strict=True)
         ]
-        return present
 
     def kept_window(self, attention: Node) -> int:
         """The window that limits what is kept for an attention; 0 where all is kept."""
@@ -87,7 +86,7 @@ class GrowingCache:
         token, axis = next(iter(self.decoder.tokens.items()))
         emit = self.editor.emit
         with self.editor.at(self.first, ""):
-            new = emit(aten.sym_size.int, token, axis)
+            new = counted_by(token, axis) or emit(aten.sym_size.int, token, axis)
             total = None
             if mask is not None:
                 total = emit(aten.sym_size.int, mask, self.decoder.totals[mask])
@@ -142,6 +141,30 @@ class GrowingCache:
             start = emit(torch.sym_max, emit(operator.sub, length, window - 1), 0)
             kept = [emit(aten.slice.Tensor, node, 2, start, length) for node in (keys, values)]
         return kept[0], kept[1]
+
+
+def first_computation(graph: fx.Graph) -> Node:
+    """The first call, after those that only read the sizes of inputs."""
+    for node in graph.nodes:
+        if node.op == "output" or (node.op == "call_function" and not _reads_size(node)):
+            return node
+    raise AssertionError("a graph always ends in an output node")
+
+
+def counted_by(token: Node, axis: int) -> Node | None:
+    """The leading node that reads the size of an input, if there is one."""
+    for node in token.graph.nodes:
+        if node.op == "call_function" and not _reads_size(node):
+            return None
+        if _reads_size(node) and node.args == (token, axis):
+            return node
+    return None
+
+
+def _reads_size(node: Node) -> bool:
+    source = node.args[0] if node.args else None
+    reads = node.target is aten.sym_size.int
+    return reads and isinstance(source, fx.Node) and source.op == "placeholder"
 
 
 def add_input(program: Program, editor: Editor, name: str, source: Any, size: Any) -> Node:

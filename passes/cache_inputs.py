@@ -18,7 +18,7 @@ from ..ir.errors import PlanishError
 from ..ir.pattern import bound_arguments
 from ..ir.positional import Positional, contents_read, free_symbols, is_size
 from ..ir.program import Node, Program
-from .cache_padding import hides_future
+from .cache_padding import counts_places, hides_future
 
 aten = torch.ops.aten
 ATTENTION = torch.ops.planish.attention.default
@@ -74,10 +74,7 @@ def read_decoder(program: Program) -> Decoder:
         )
     places = _places(program, positional, length)
     for node in attentions:
-        mask = bound_arguments(node)["mask"]
-        if isinstance(mask, fx.Node) and mask not in places:
-            raise refusal(node, "has a mask in which places are joined with another axis")
-        _refuse_future(positional, node)
+        _refuse_mask(positional, places, node)
     for node in program.graph.nodes:
         if node not in places and mixes_length(node, length):
             raise CannotCache(
@@ -103,12 +100,16 @@ def _places(program: Program, positional: Positional, length: Any) -> frozenset[
             continue
         value = node.meta.get("val")
         sizes = value.shape if isinstance(value, Tensor) else ()
-        joined = any(depends_on(s, length) and s.node.expr.is_Mul for s in sizes)
+        joined = any(isinstance(s, torch.SymInt) and _is_joined(s, length) for s in sizes)
         tensor = node.op == "call_function" and not is_size(value)
         read = contents_read(node) if tensor else []
         if not joined and all(source in places for source in read):
             places.add(node)
     return frozenset(places)
+
+
+def _is_joined(size: torch.SymInt, length: Any) -> bool:
+    return depends_on(size, length) and bool(size.node.expr.is_Mul)
 
 
 def refusal(node: Node, why: str, fix: str = LEAVE_OUT) -> CannotCache:
@@ -126,7 +127,7 @@ def _self_attentions(program: Program) -> tuple[list[Node], Any]:
     if not found:
         raise CannotCache(
             "no attention was recognized, so there are no keys and values to keep",
-            fix="see planish explain; a recurrent model (a loop unrolled over time) has no KV cache",
+            fix="see planish explain; recurrence (a loop unrolled over time) has no KV cache",
         )
     own = [n for n in found if same_size(_length_of(n, 0), _length_of(n, 1))]
     sure = [n for n in own if bound_arguments(n)["causal"]]
@@ -193,17 +194,18 @@ def _sources(todo: Iterable[Node]) -> set[Node]:
     return {node for node in seen if node.op == "placeholder"}
 
 
-def _refuse_future(positional: Positional, node: Node) -> None:
+def _refuse_mask(positional: Positional, places: frozenset[Node], node: Node) -> None:
     arguments = bound_arguments(node)
-    if arguments["causal"] or hides_future(positional, node, _length_of(node, 0)):
-        return
-    why = "is not causal: text to come would change what is kept"
-    mask = arguments["mask"]
-    made_of = sorted(n.name for n in _sources([mask])) if isinstance(mask, fx.Node) else []
-    if "position_ids" in made_of:
-        fix = "capture with attention_mask too: the mask is made of position_ids, to part texts"
-        raise refusal(node, why, fix)
-    raise refusal(node, why)
+    mask, length = arguments["mask"], _length_of(node, 0)
+    if isinstance(mask, fx.Node):
+        if mask not in places:
+            raise refusal(node, "has a mask in which places are joined with another axis")
+        if counts_places(positional, mask, length):
+            names = ", ".join(sorted(source.name for source in _sources([mask])))
+            why = f"has a mask that tells texts apart by counting the places in {names}"
+            raise refusal(node, why, "capture with attention_mask too")
+    if not arguments["causal"] and not hides_future(positional, mask, length):
+        raise refusal(node, "is not causal: text to come would change what is kept")
 
 
 def mixes_length(node: Node, length: Any) -> bool:

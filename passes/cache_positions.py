@@ -33,10 +33,15 @@ _FILLED_LIKE = {
 class Lengths(Protocol):
     """How many tokens there are, and how the rows of the new ones are named."""
 
-    new: Node
-    """How many tokens are new."""
-    total: Any
-    """How many places there are: a node or a number."""
+    @property
+    def new(self) -> Node:
+        """How many tokens are new."""
+        ...
+
+    @property
+    def total(self) -> Any:
+        """How many places there are: a node or a number."""
+        ...
 
     def count_on(self, counted: Node) -> Node:
         """Places counted from 0, counted from the first new token instead."""
@@ -206,7 +211,7 @@ class PlaceForms:
     def _counts_from_number(self, node: Node) -> bool:
         start = node.args[0] if node.target is not aten.arange.default else 0
         step = node.args[2] if len(node.args) > 2 else 1
-        return isinstance(start, (int, float)) and step == 1
+        return isinstance(start, (int, float)) and isinstance(step, int) and step == 1
 
     def _head_of_table(self, node: Node, axes: tuple[int, ...]) -> Node | None:
         """The table, if the node is its first rows: slice(table, axis, 0, length)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def check_cache(plain: Program, cached: Program, decoder: Decoder) -> None:
     kept: list[Any] = list(cached.examples[len(inputs) :])
     cuts = sorted({0, whole // 2, whole - 1, whole})
     parts: list[list[Any]] = []
-    for start, end in zip(cuts, cuts[1:], strict=False):
+    for start, end in itertools.pairwise(cuts):
         pieces = [
             _piece(node, value, decoder, start, end)
             for node, value in zip(names, inputs, strict=True)
