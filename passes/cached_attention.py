@@ -132,11 +132,50 @@ def add_input(
     return shape_input(editor, node, sizes, dtype)
 
 
-def refresh(editor: Editor) -> None:
-    """Infer every value again, after inputs changed their shapes."""
-    for node in editor.graph.nodes:
-        if node.op == "call_function":
-            node.meta["val"] = infer(node, editor.mode)
+class LayerEmitter:
+    """Emits the same operations for layer after layer; equal layers infer their values once.
+
+    Shapes with several free sizes take long to infer, and a model has many equal layers.
+    """
+
+    def __init__(self, editor: Editor) -> None:
+        self.editor = editor
+        self._known: dict[Any, Any] = {}
+
+    def emit(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        """As `Editor.emit`."""
+        node = self.editor.graph.call_function(target, args, kwargs)
+        node.meta["module"] = self.editor.module
+        node.meta["val"] = self._infer(node)
+        return node
+
+    def refresh(self) -> None:
+        """Infer every value of the graph again, after inputs changed their shapes."""
+        for node in self.editor.graph.nodes:
+            if node.op == "call_function":
+                node.meta["val"] = self._infer(node)
+
+    def _infer(self, node: Node) -> Any:
+        key = (node.target, _form_of(node.args), _form_of(node.kwargs))
+        if key not in self._known:
+            self._known[key] = infer(node, self.editor.mode)
+        return self._known[key]
+
+
+def _form_of(value: Any) -> Any:
+    """What the value inferred for a call depends on, of its arguments."""
+    if isinstance(value, fx.Node):
+        return _form_of(value.meta["val"])
+    if isinstance(value, Tensor):
+        sizes = (*value.shape, *value.stride())
+        return "tensor", value.dtype, value.device, tuple(_form_of(size) for size in sizes)
+    if isinstance(value, torch.SymInt):
+        return "size", value.node.expr
+    if isinstance(value, dict):
+        return tuple((name, _form_of(item)) for name, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return tuple(_form_of(item) for item in value)
+    return type(value), value
 
 
 def exchange_cache(program: Program, kept: int, past: Any, present: Any) -> None:

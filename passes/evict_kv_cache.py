@@ -31,6 +31,7 @@ from ..ir.pattern import bound_arguments
 from ..ir.program import Node, Program
 from .cached_attention import (
     CachedAttention,
+    LayerEmitter,
     add_input,
     cached_attentions,
     describe_cache,
@@ -75,9 +76,10 @@ class EvictKvCache(Pass):
         before = program.copy()
         editor = Editor(program)
         counted, after = _count_text(editor, layers, lengths)
+        make = LayerEmitter(editor)
         scores = [_add_score(editor, layer) for layer in layers]
         present = [
-            self._evict(editor, layer, score) for layer, score in zip(layers, scores, strict=True)
+            self._evict(make, layer, score) for layer, score in zip(layers, scores, strict=True)
         ]
         for layer in layers:
             context.journal.noted(self.pass_name(), layer.node)
@@ -89,25 +91,25 @@ class EvictKvCache(Pass):
         told = f", {self.heavy} + {self.recent} kept"
         context.journal.measured += measured_loss(before, program, told)
 
-    def _evict(self, editor: Editor, layer: CachedAttention, past: Node) -> tuple[Node, ...]:
+    def _evict(self, make: LayerEmitter, layer: CachedAttention, past: Node) -> tuple[Node, ...]:
         arguments = layer.arguments
         query, (keys, values) = arguments["q"], layer.joined
         options = {name: arguments[name] for name in ("scale", "softcap")}
-        with editor.at(layer.node.next, layer.node.meta.get("module", "")):
-            mass = editor.emit(
+        with make.editor.at(layer.node.next, layer.node.meta.get("module", "")):
+            mass = make.emit(
                 _PLANISH.attention_mass.default, query, keys, arguments["sinks"], **options
             )
-            count = editor.emit(_ATEN.sym_size.int, query, 2)
-            known = editor.emit(_ATEN.constant_pad_nd.default, past, [0, count], 0.0)
-            score = editor.emit(_ATEN.add.Tensor, known, mass)
-            place = editor.emit(_PLANISH.heavy_hitters.default, score, self.recent, self.heavy)
-            rows = editor.emit(_ATEN.unsqueeze.default, place, 3)
+            count = make.emit(_ATEN.sym_size.int, query, 2)
+            known = make.emit(_ATEN.constant_pad_nd.default, past, [0, count], 0.0)
+            score = make.emit(_ATEN.add.Tensor, known, mass)
+            place = make.emit(_PLANISH.heavy_hitters.default, score, self.recent, self.heavy)
+            rows = make.emit(_ATEN.unsqueeze.default, place, 3)
             kept: list[Node] = []
             for whole in (keys, values):
                 width = int(shape(whole)[3])
-                wide = editor.emit(_ATEN.expand.default, rows, [-1, -1, -1, width])
-                kept.append(editor.emit(_ATEN.gather.default, whole, 2, wide))
-            return *kept, editor.emit(_ATEN.gather.default, score, 2, place)
+                wide = make.emit(_ATEN.expand.default, rows, [-1, -1, -1, width])
+                kept.append(make.emit(_ATEN.gather.default, whole, 2, wide))
+            return *kept, make.emit(_ATEN.gather.default, score, 2, place)
 
 
 def _check(layer: CachedAttention) -> None:

@@ -31,7 +31,7 @@ from torch import Tensor
 from ..ir.edit import Editor, shape, value_of
 from ..ir.errors import UnsupportedGroupSize
 from ..ir.program import Node
-from .cached_attention import CachedAttention, add_input, free_size, shape_input
+from .cached_attention import CachedAttention, LayerEmitter, add_input, free_size, shape_input
 
 _ATEN = torch.ops.aten
 _PLANISH = torch.ops.planish
@@ -69,9 +69,10 @@ class KiviForm:
 
 
 def build_kivi(
-    editor: Editor, layers: Sequence[CachedAttention], form: KiviForm
+    make: LayerEmitter, layers: Sequence[CachedAttention], form: KiviForm
 ) -> tuple[Any, Any]:
     """Rewrite all attentions; what comes in and what goes out, each ((key side), (value side))."""
+    editor = make.editor
     sizes = _Sizes(
         *(free_size(editor, n) for n in (3, 2 * form.residual + 2)),
         *(free_size(editor, n) for n in (3 * form.group_size, 2 * form.residual + 2)),
@@ -82,7 +83,7 @@ def build_kivi(
     ]
     _replace_length(editor, layers, pasts[0][1])
     presents = [
-        _build(editor, layer, past, form) for layer, past in zip(layers, pasts, strict=True)
+        _build(editor, make, layer, past, form) for layer, past in zip(layers, pasts, strict=True)
     ]
     return tuple(pasts), tuple(presents)
 
@@ -149,64 +150,68 @@ def _replace_length(editor: Editor, layers: Sequence[CachedAttention], values: S
 
 
 def _build(
-    editor: Editor, layer: CachedAttention, past: tuple[Side, Side], form: KiviForm
+    editor: Editor,
+    make: LayerEmitter,
+    layer: CachedAttention,
+    past: tuple[Side, Side],
+    form: KiviForm,
 ) -> tuple[Side, Side]:
     with editor.at(layer.joined[0]):
-        keys, waiting = _attended(editor, past[0], layer.new[0], form, 2)
+        keys, waiting = _attended(make, past[0], layer.new[0], form, 2)
     with editor.at(layer.joined[1]):
-        values, recent = _attended(editor, past[1], layer.new[1], form, 3)
+        values, recent = _attended(make, past[1], layer.new[1], form, 3)
         # The two lengths are equal for every cache that this program returned; told to the shape
         # rules as a slice that takes everything, it makes no claim about the inputs.
-        length = editor.emit(_ATEN.sym_size.int, keys, 2)
-        values = editor.emit(_ATEN.slice.Tensor, values, 2, 0, length)
-        whole = editor.emit(_ATEN.sym_size.int, waiting, 2)
-        runs = editor.emit(operator.floordiv, whole, form.residual)
-        cut = editor.emit(operator.mul, runs, form.residual)
-        present_keys = _code(editor, past[0], waiting, cut, form, 2, form.group_size)
-        count = editor.emit(_ATEN.sym_size.int, recent, 2)
-        cut = editor.emit(torch.sym_max, editor.emit(operator.sub, count, form.residual), 0)
+        length = make.emit(_ATEN.sym_size.int, keys, 2)
+        values = make.emit(_ATEN.slice.Tensor, values, 2, 0, length)
+        whole = make.emit(_ATEN.sym_size.int, waiting, 2)
+        runs = make.emit(operator.floordiv, whole, form.residual)
+        cut = make.emit(operator.mul, runs, form.residual)
+        present_keys = _code(make, past[0], waiting, cut, form, 2, form.group_size)
+        count = make.emit(_ATEN.sym_size.int, recent, 2)
+        cut = make.emit(torch.sym_max, make.emit(operator.sub, count, form.residual), 0)
         group = form.value_group(int(shape(recent)[3]))
-        present_values = _code(editor, past[1], recent, cut, form, 3, group)
+        present_values = _code(make, past[1], recent, cut, form, 3, group)
     layer.node.replace_input_with(layer.joined[0], keys)
     layer.node.replace_input_with(layer.joined[1], values)
     return present_keys, present_values
 
 
 def _attended(
-    editor: Editor, past: Side, new: Node, form: KiviForm, axis: int
+    make: LayerEmitter, past: Side, new: Node, form: KiviForm, axis: int
 ) -> tuple[Node, Node]:
     """Everything that is attended to, and the part of it that is not coded."""
     codes, scale, zero, waiting = past
     dtype = value_of(new).dtype
-    recent = editor.emit(_ATEN.cat.default, [waiting, new], 2)
+    recent = make.emit(_ATEN.cat.default, [waiting, new], 2)
     head = int(shape(new)[3])
     width = head if axis == 2 else form.value_group(head)
     numbers = (codes, scale, zero, form.bits)
-    old = editor.emit(_PLANISH.dequantize_cache.default, *numbers, width=width)
+    old = make.emit(_PLANISH.dequantize_cache.default, *numbers, width=width)
     if value_of(old).dtype != dtype:
-        old = editor.emit(_ATEN._to_copy.default, old, dtype=dtype)
-    old = editor.emit(_ATEN.flatten.using_ints, old, axis, axis + 1)
-    return editor.emit(_ATEN.cat.default, [old, recent], 2), recent
+        old = make.emit(_ATEN._to_copy.default, old, dtype=dtype)
+    old = make.emit(_ATEN.flatten.using_ints, old, axis, axis + 1)
+    return make.emit(_ATEN.cat.default, [old, recent], 2), recent
 
 
 def _code(
-    editor: Editor, past: Side, recent: Node, cut: Node, form: KiviForm, axis: int, group: int
+    make: LayerEmitter, past: Side, recent: Node, cut: Node, form: KiviForm, axis: int, group: int
 ) -> Side:
     """Code the first `cut` of the recent tokens, in groups along `axis`."""
-    done = editor.emit(_ATEN.slice.Tensor, recent, 2, 0, cut)
-    rest = editor.emit(_ATEN.slice.Tensor, recent, 2, cut, _END)
+    done = make.emit(_ATEN.slice.Tensor, recent, 2, 0, cut)
+    rest = make.emit(_ATEN.slice.Tensor, recent, 2, cut, _END)
     value: Tensor = value_of(recent)
     if value.dtype not in (torch.float32, torch.float64):
-        done = editor.emit(_ATEN._to_copy.default, done, dtype=torch.float32)
-    grouped = editor.emit(_ATEN.unflatten.int, done, axis, [-1, group])
+        done = make.emit(_ATEN._to_copy.default, done, dtype=torch.float32)
+    grouped = make.emit(_ATEN.unflatten.int, done, axis, [-1, group])
     along = 3 if axis == 2 else 4
-    zero = editor.emit(_ATEN.amin.default, grouped, [along], True)
-    high = editor.emit(_ATEN.amax.default, grouped, [along], True)
-    span = editor.emit(_ATEN.sub.Tensor, high, zero)
-    scale = editor.emit(_ATEN.div.Tensor, span, float((1 << form.bits) - 1))
-    codes = editor.emit(_PLANISH.quantize_cache.default, grouped, scale, zero, form.bits)
+    zero = make.emit(_ATEN.amin.default, grouped, [along], True)
+    high = make.emit(_ATEN.amax.default, grouped, [along], True)
+    span = make.emit(_ATEN.sub.Tensor, high, zero)
+    scale = make.emit(_ATEN.div.Tensor, span, float((1 << form.bits) - 1))
+    codes = make.emit(_PLANISH.quantize_cache.default, grouped, scale, zero, form.bits)
     made = [
-        editor.emit(_ATEN.cat.default, [old, new], 2)
+        make.emit(_ATEN.cat.default, [old, new], 2)
         for old, new in zip(past[:3], (codes, scale, zero), strict=True)
     ]
     return made[0], made[1], made[2], rest

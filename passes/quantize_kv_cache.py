@@ -23,11 +23,11 @@ from ..ir.errors import WrongOption
 from ..ir.program import Node, Program
 from .cached_attention import (
     CachedAttention,
+    LayerEmitter,
     add_input,
     cached_attentions,
     describe_cache,
     exchange_cache,
-    refresh,
     shape_input,
 )
 from .contract import Context, Pass, contract
@@ -83,14 +83,15 @@ class QuantizeKvCache(Pass):
         for layer in layers:
             context.journal.noted(self.pass_name(), layer.node, self._note())
         editor = Editor(program)
+        make = LayerEmitter(editor)
         if self.bits == 8:
-            made = [_build_int8(editor, layer) for layer in layers]
+            made = [_build_int8(editor, make, layer) for layer in layers]
             past, present = tuple(m[0] for m in made), tuple(m[1] for m in made)
         else:
-            past, present = build_kivi(editor, layers, form)
+            past, present = build_kivi(make, layers, form)
         exchange_cache(program, 2 * len(layers), past, present)
         editor.sweep()
-        refresh(editor)
+        make.refresh()
         describe_cache(program, **self._description())
         context.journal.measured += measured_loss(before, program, self._told())
 
@@ -110,7 +111,7 @@ class QuantizeKvCache(Pass):
 Pair = tuple[tuple[Node, Node], tuple[Node, Node]]
 
 
-def _build_int8(editor: Editor, layer: CachedAttention) -> tuple[Pair, Pair]:
+def _build_int8(editor: Editor, make: LayerEmitter, layer: CachedAttention) -> tuple[Pair, Pair]:
     """((codes, scale), (codes, scale)) that come in, and that go out."""
     past: list[tuple[Node, Node]] = []
     present: list[tuple[Node, Node]] = []
@@ -125,17 +126,15 @@ def _build_int8(editor: Editor, layer: CachedAttention) -> tuple[Pair, Pair]:
         with editor.at(joined):
             exact = new
             if value.dtype != wide:
-                exact = editor.emit(_ATEN._to_copy.default, new, dtype=wide)
-            largest = editor.emit(
-                _ATEN.amax.default, editor.emit(_ATEN.abs.default, exact), [-1], True
-            )
-            step = editor.emit(_ATEN.div.Tensor, largest, 127.0)
-            fresh = editor.emit(_PLANISH.quantize_cache.default, exact, step)
-            kept = editor.emit(_ATEN.cat.default, [codes, fresh], 2)
-            steps = editor.emit(_ATEN.cat.default, [scale, step], 2)
-            read = editor.emit(_PLANISH.dequantize_cache.default, kept, steps, width=sizes[3])
+                exact = make.emit(_ATEN._to_copy.default, new, dtype=wide)
+            largest = make.emit(_ATEN.amax.default, make.emit(_ATEN.abs.default, exact), [-1], True)
+            step = make.emit(_ATEN.div.Tensor, largest, 127.0)
+            fresh = make.emit(_PLANISH.quantize_cache.default, exact, step)
+            kept = make.emit(_ATEN.cat.default, [codes, fresh], 2)
+            steps = make.emit(_ATEN.cat.default, [scale, step], 2)
+            read = make.emit(_PLANISH.dequantize_cache.default, kept, steps, width=sizes[3])
             if value.dtype != wide:
-                read = editor.emit(_ATEN._to_copy.default, read, dtype=value.dtype)
+                read = make.emit(_ATEN._to_copy.default, read, dtype=value.dtype)
         layer.node.replace_input_with(joined, read)
         present.append((kept, steps))
     return (past[0], past[1]), (present[0], present[1])
