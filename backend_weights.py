@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from .backend_messages import FallbackWarning
 from .codegen import torch_cpu
+from .codegen.lower_gpu import lower_for_gpu, on_gpu
 from .ir.capture_dynamo import DynamoCapture
 from .ir.encoded import Encoded
 from .ir.fingerprint import Fingerprint
@@ -75,6 +76,8 @@ def lay_out(program: Program, captured: DynamoCapture, arguments: Sequence[Any])
 
 def _lower(program: Program) -> fx.GraphModule:
     """Over flat inputs; weights in a number format run on packed kernels where there are some."""
+    if on_gpu(program):
+        program, _ = lower_for_gpu(program)
     encoded = any(isinstance(program.weights.entry(name), Encoded) for name in program.weights)
     return torch_cpu.lower(program) if encoded else program.to_module()
 

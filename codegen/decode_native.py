@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..kernels.linear_affine import SPEC as LINEAR_AFFINE
 from ..kernels.plan_cpu import ACTIVATIONS, Kind, Pointwise, Strides, extent
 from .decode_places import Place, heads_and_width, new_place, width_of
 
@@ -188,9 +189,7 @@ def _rotary(site: Site, room: Room) -> Place | None:
         return None
     angles = [Strides(cos.token_stride), Strides(sin.token_stride)]
     sizes = extent(turned[0], width, [turned[1], *angles], there[1])
-    room.native(
-        Kind.ROTARY, [x, cos, sin], out, [*sizes, half or 0, int(given["interleaved"])]
-    )
+    room.native(Kind.ROTARY, [x, cos, sin], out, [*sizes, half or 0, int(given["interleaved"])])
     return out
 
 
@@ -246,7 +245,7 @@ def _binary(kind: Pointwise) -> Match:
 
 
 _MATCHES: dict[Any, Match] = {
-    _PLANISH.linear_affine.default: _linear,
+    getattr(_PLANISH, LINEAR_AFFINE.name).default: _linear,
     _ATEN.linear.default: _dense,
     _ATEN.addmm.default: _addmm,
     _PLANISH.rms_norm.default: _rms_norm,

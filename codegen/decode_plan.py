@@ -204,9 +204,7 @@ class BoundPlan:
                 return value
             return argument
 
-        result = step.call(
-            *map_aggregate(step.args, filled), **map_aggregate(step.kwargs, filled)
-        )
+        result = step.call(*map_aggregate(step.args, filled), **map_aggregate(step.kwargs, filled))
         if step.out is not None:
             self._slots[step.out] = result
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..ir.edit import Editor
+from ..ir.edit import Editor, value_of
 from ..ir.pattern import bound_arguments
 from ..ir.program import Node, Program
 from ..kernels.attention_cpu import why_not as attention_why_not
@@ -87,6 +87,8 @@ def _lower_attention(editor: Editor) -> list[str]:
         op="call_function", target=torch.ops.planish.attention.default
     )
     for node in attentions:
+        if value_of(node).device.type != "cpu":
+            continue
         given = bound_arguments(node)
         reason = attention_why_not(given["sinks"], given["softcap"])
         if reason is not None:

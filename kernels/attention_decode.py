@@ -108,9 +108,7 @@ def attention_decode(
     return out
 
 
-def why_not(
-    q: torch.dtype, mask: object, causal: bool, head: int, value_head: int
-) -> str | None:
+def why_not(q: torch.dtype, mask: object, causal: bool, head: int, value_head: int) -> str | None:
     """Why an attention cannot run on such a cache; None if it can."""
     if q != torch.float32:
         return f"it computes in {q}, and the kernel in float32"
