@@ -17,6 +17,7 @@ from .ir.errors import CorruptFile, MissingExtra, PlanishError, SourceNotFound
 TOKENIZER = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
+_RUNTIME_ERRORS = (ArithmeticError, LookupError, TypeError, ValueError, RecursionError)
 _INCOMPLETE = "\ufffd"
 _IN_VIEW = 8
 
@@ -147,7 +148,7 @@ def _render(
 
     try:
         return render_chat(template, messages, tokens)
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, *_RUNTIME_ERRORS) as error:
         raise NoChatTemplate(
             "the chat template cannot spell this conversation",
             where=str(folder),

@@ -78,7 +78,7 @@ def greedy(ids: list[int], count: int) -> list[int]:
 def program() -> Program:
     """The model with a cache."""
     ids = torch.randint(3, len(tokenizer()), (2, 11))
-    made = planish.optimize(model(), (), {"input_ids": ids}, recipe="exact", kv_cache=True)
+    made = planish.optimize(model(), (ids,), recipe="exact", kv_cache=True)
     return made.program
 
 
