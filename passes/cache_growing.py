@@ -6,7 +6,7 @@ With a ring, a layer that sees a window of w keys returns its last w - 1 alone.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -49,12 +49,16 @@ class GrowingCache:
             for node, pair in zip(self.decoder.attentions, joined, strict=True)
         ]
 
-    def kept_window(self, attention: Node) -> int:
-        """The window that limits what is kept for an attention; 0 where all is kept."""
+    def kept(self, attention: Node) -> int | None:
+        """The most tokens kept for an attention; None where all are."""
+        window = self._kept_window(attention)
+        return window - 1 if window else None
+
+    def _kept_window(self, attention: Node) -> int:
         return int(bound_arguments(attention)["window"]) if self.ring else 0
 
     def _inputs(self, place: int, attention: Node) -> Pair:
-        size = self._past_size(self.kept_window(attention))
+        size = self._past_size(self._kept_window(attention))
         key, value = (
             add_input(self.program, self.editor, f"past_{kind}_{place}", source, size)
             for kind, source in zip(("key", "value"), attention.args[1:3], strict=True)
@@ -75,14 +79,15 @@ class GrowingCache:
         whole = [
             pair[0]
             for node, pair in zip(self.decoder.attentions, past, strict=True)
-            if not self.kept_window(node)
+            if not self._kept_window(node)
         ]
         mask = self.decoder.mask
         kept_length = None
         if not whole and mask is None:
             kept_length = self._length_input()
         if mask is not None:
-            self._lengthen_totals(self._past_size(0))
+            past_size = self._past_size(0)
+            resize_totals(self.editor, self.decoder, lambda size: size + past_size)
         token, axis = next(iter(self.decoder.tokens.items()))
         emit = self.editor.emit
         with self.editor.at(self.first, ""):
@@ -105,14 +110,6 @@ class GrowingCache:
         node.meta["val"], node.meta["module"] = self._past_size(0), ""
         return node
 
-    def _lengthen_totals(self, past: Any) -> None:
-        for node, axis in self.decoder.totals.items():
-            if axis is not None:
-                sizes = shape(node)
-                sizes[axis] = sizes[axis] + past
-                with self.editor.mode:
-                    node.meta["val"] = torch.empty(sizes, dtype=node.meta["val"].dtype)
-
     def _join(self, attention: Node, key: Node, value: Node) -> Pair:
         query, new_key, new_value, *rest = attention.args
         with self.editor.at(attention):
@@ -124,7 +121,7 @@ class GrowingCache:
     def _mask(self, attention: Node, mask: Node, lengths: GrowingLengths) -> Node:
         """The columns of the keys that the layer still has."""
         axis = len(shape(mask)) - 1
-        if not self.kept_window(attention) or same_size(shape(mask)[axis], 1):
+        if not self._kept_window(attention) or same_size(shape(mask)[axis], 1):
             return mask
         with self.editor.at(attention):
             keys = self.editor.emit(aten.sym_size.int, attention.args[1], 2)
@@ -132,7 +129,7 @@ class GrowingCache:
             return self.editor.emit(aten.slice.Tensor, mask, axis, start, lengths.total)
 
     def _kept(self, attention: Node, keys: Node, values: Node) -> Pair:
-        window = self.kept_window(attention)
+        window = self._kept_window(attention)
         if not window:
             return keys, values
         emit = self.editor.emit
@@ -141,6 +138,16 @@ class GrowingCache:
             start = emit(torch.sym_max, emit(operator.sub, length, window - 1), 0)
             kept = [emit(aten.slice.Tensor, node, 2, start, length) for node in (keys, values)]
         return kept[0], kept[1]
+
+
+def resize_totals(editor: Editor, decoder: Decoder, resize: Callable[[Any], Any]) -> None:
+    """Inputs with a value for every place get another size of that axis."""
+    for node, axis in decoder.totals.items():
+        if axis is not None:
+            sizes = shape(node)
+            sizes[axis] = resize(sizes[axis])
+            with editor.mode:
+                node.meta["val"] = torch.empty(sizes, dtype=node.meta["val"].dtype)
 
 
 def first_computation(graph: fx.Graph) -> Node:

@@ -230,7 +230,9 @@ class PlaceForms:
             if (source in self.decoder.places) == total:
                 return node
         elif node.op == "call_function":
-            args = map_arg(node.args, lambda read: self.size(read, total))
+            args: Any = map_arg(node.args, lambda read: self.size(read, total))
+            if all(isinstance(value, int) for value in args):
+                return node.target(*args)  # type: ignore[operator]
             with self._after(node):
                 return self.editor.emit(node.target, *args)
         raise CannotCache(

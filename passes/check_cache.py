@@ -11,7 +11,9 @@ from torch import Tensor
 from ..ir.edit import same_size
 from ..ir.interpret import run
 from ..ir.program import Node, Program
+from .cache_growing import PAST_LENGTH
 from .cache_inputs import LEAVE_OUT, CannotCache, Decoder
+from .cache_static import POSITION
 
 LIMIT = 1e-10
 """Allowed relative difference of the float64 runs."""
@@ -22,45 +24,72 @@ def check_cache(plain: Program, cached: Program, decoder: Decoder) -> None:
 
     Places that the padding mask hides are not compared: what stands there nobody reads.
     """
-    inputs = list(plain.examples)
-    if not inputs:
+    if not plain.examples:
         return
-    token, axis = next(iter(decoder.tokens.items()))
-    names = [node.name for node in plain.inputs]
-    whole = inputs[names.index(token.name)].shape[axis]
+    static = cached.metadata["cache"]["form"] == "static"
+    room = cached.metadata["cache"]["context"] if static else None
+    inputs = [
+        _part(node, value, decoder, 0, room)
+        for node, value in zip(plain.inputs, plain.examples, strict=True)
+    ]
     wanted = run(plain, inputs, float64=True)
-    kept: list[Any] = list(cached.examples[len(inputs) :])
-    cuts = sorted({0, whole // 2, whole - 1, whole})
-    parts: list[list[Any]] = []
-    for start, end in itertools.pairwise(cuts):
-        pieces = [
-            _piece(node, value, decoder, start, end)
-            for node, value in zip(names, inputs, strict=True)
-        ]
-        found = run(cached, [*pieces, *kept], float64=True)
-        parts.append(found[: len(wanted)])
-        kept = found[len(wanted) :]
-    seen = _seen(names, inputs, decoder)
+    parts = _in_pieces(cached, inputs, len(wanted), decoder, room)
+    seen = _seen(plain, inputs, decoder)
     for place, result in enumerate(plain.results):
         if isinstance(result, Node):
             _compare(result, wanted[place], [part[place] for part in parts], decoder, seen)
 
 
-def _piece(name: str, value: Any, decoder: Decoder, start: int, end: int) -> Any:
-    for node, axis in decoder.tokens.items():
-        if node.name == name:
-            return value.narrow(axis, start, end - start)
-    for node, axis in decoder.totals.items():
-        if node.name == name and axis is not None:
-            return value.narrow(axis, 0, end)
+def _in_pieces(
+    cached: Program, inputs: list[Any], results: int, decoder: Decoder, room: int | None
+) -> list[list[Any]]:
+    nodes = cached.inputs[: len(inputs)]
+    token, axis = next(iter(decoder.tokens.items()))
+    whole = inputs[[node.name for node in nodes].index(token.name)].shape[axis]
+    kept = list(cached.examples[len(inputs) :])
+    parts: list[list[Any]] = []
+    for start, end in itertools.pairwise(sorted({0, whole // 2, whole - 1, whole})):
+        given = [_part(n, v, decoder, start, end) for n, v in zip(nodes, inputs, strict=True)]
+        if room is not None:
+            given = [fit_to_buffer(n, v, decoder, room) for n, v in zip(nodes, given, strict=True)]
+        if cached.inputs[-1].name == PAST_LENGTH:
+            kept = [*kept[: len(cached.inputs) - len(inputs) - 1], start]
+        elif room is not None and cached.inputs[-1].name == POSITION:
+            kept = [*kept[: len(cached.inputs) - len(inputs) - 1], torch.tensor(start)]
+        found = run(cached, [*given, *kept], float64=True)
+        parts.append(found[:results])
+        kept = found[results:]
+    return parts
+
+
+def _part(node: Node, value: Any, decoder: Decoder, start: int, end: int | None) -> Any:
+    """What of an input belongs to tokens start..end: those alone, or of a mask all before too."""
+    for sources, begin in ((decoder.tokens, start), (decoder.totals, 0)):
+        for source, axis in sources.items():
+            if source.name == node.name and axis is not None:
+                size = value.shape[axis]
+                return value.narrow(axis, begin, (size if end is None else min(end, size)) - begin)
     return value
 
 
-def _seen(names: list[str], inputs: list[Any], decoder: Decoder) -> Tensor | None:
+def fit_to_buffer(node: Node, value: Any, decoder: Decoder, room: int) -> Any:
+    """An input with a value for every place, cut or filled up with ones to `room` places."""
+    for source, axis in decoder.totals.items():
+        if source.name == node.name and axis is not None:
+            cut = value.narrow(axis, 0, min(room, value.shape[axis]))
+            more = list(cut.shape)
+            more[axis] = room - cut.shape[axis]
+            return torch.cat([cut, cut.new_ones(more)], axis)
+    return value
+
+
+def _seen(plain: Program, inputs: list[Any], decoder: Decoder) -> Tensor | None:
     """bool[batch, length]: where a token stands; None where every place has one."""
     mask = decoder.mask
-    value = inputs[names.index(mask.name)] if mask is not None else None
-    if value is None or value.dim() != 2 or value.is_floating_point():
+    if mask is None:
+        return None
+    value = inputs[[node.name for node in plain.inputs].index(mask.name)]
+    if value.dim() != 2 or value.is_floating_point():
         return None
     return value != 0
 
