@@ -32,7 +32,8 @@ class ProgramDecoder:
 
     After the pass add_tree_mask it is a `TreeDecoder` too. run: computes the flat outputs of flat
     inputs (default: the reference interpreter). extra: what the last call returned besides the
-    logits and the cache, one row for each of its tokens. Raises NotADecoder.
+    logits and the cache, [tokens, ...] each, the rows of those that were not taken back.
+    Raises NotADecoder.
     """
 
     def __init__(self, program: Program, run: Run | None = None) -> None:
@@ -59,17 +60,7 @@ class ProgramDecoder:
         """
         count = len(tokens)
         chain = torch.ones(count, count, dtype=torch.bool).tril()
-        logits = self._call(tokens, chain, torch.arange(count))
-        wanted = count if last is None else min(last, count)
-        if len(logits) < wanted:
-            self.rewind(self._begin)
-            raise WrongInput(
-                "the program returns the logits of the last tokens only",
-                expected=f"{wanted} rows",
-                found=f"{len(logits)} rows",
-                fix="pass fewer tokens, or keep more logits in the recipe",
-            )
-        return logits[len(logits) - wanted :]
+        return self._call(tokens, chain, torch.arange(count), last)
 
     def advance_tree(self, tokens: Sequence[int], parents: Sequence[int]) -> Tensor:
         """Logits [len(tokens), vocabulary] of a tree of tokens; see `TreeDecoder`.
@@ -84,14 +75,14 @@ class ProgramDecoder:
                 found=f"the inputs {', '.join(n for n in self._inputs if not _is_past(n))}",
                 fix="run the pass add_tree_mask after insert_kv_cache",
             )
-        mask, depths = tree_mask(parents)
-        return self._call(tokens, mask, depths)
+        return self._call(tokens, *tree_mask(parents), None)
 
     def keep_branch(self, path: Sequence[int]) -> None:
         """Of the tree just added keep only the tokens `path` (root first) in the cache."""
         begin = self._begin
         chosen = torch.tensor([*range(begin), *(begin + i for i in path)], dtype=torch.int64)
         self._past = [kept.index_select(2, chosen) for kept in self._past]
+        self.extra = [value[list(path)] for value in self.extra]
         self._length = len(chosen)
 
     def rewind(self, length: int) -> None:
@@ -103,9 +94,12 @@ class ProgramDecoder:
                 found=str(length),
             )
         self._past = [kept[:, :, :length] for kept in self._past]
+        self.extra = [v[: max(0, len(v) - self._length + length)] for v in self.extra]
         self._length = length
 
-    def _call(self, tokens: Sequence[int], mask: Tensor, depths: Tensor) -> Tensor:
+    def _call(
+        self, tokens: Sequence[int], mask: Tensor, depths: Tensor, last: int | None
+    ) -> Tensor:
         self._check_tokens(tokens)
         total = self._length + len(tokens)
         past = iter(self._past)
@@ -117,10 +111,18 @@ class ProgramDecoder:
         ids = torch.tensor([list(tokens)], dtype=torch.int64)
         flat = [next(past) if _is_past(n) else given.get(n, ids) for n in self._inputs]
         logits, *rest = self._run(flat)
+        wanted = len(tokens) if last is None else min(last, len(tokens))
+        if logits.shape[1] < wanted:
+            raise WrongInput(
+                "the program returns the logits of the last tokens only",
+                expected=f"{wanted} rows",
+                found=f"{logits.shape[1]} rows",
+                fix="pass fewer tokens, or keep more logits in the recipe",
+            )
         present = len(rest) - len(self._past)
         self.extra, self._past = [value[0] for value in rest[:present]], rest[present:]
         self._begin, self._length = self._length, total
-        return logits[0].float()
+        return logits[0, logits.shape[1] - wanted :].float()
 
     def _check_tokens(self, tokens: Sequence[int]) -> None:
         total = self._length + len(tokens)

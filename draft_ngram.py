@@ -6,7 +6,7 @@ where the answer repeats the prompt: edits, extracts, code.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from .speculate import Draft
 
@@ -27,23 +27,22 @@ class NgramDrafter:
 
     def propose(self, context: Sequence[int], count: int) -> Draft:
         """Up to `count` tokens; none where no suffix of the text occurred before."""
-        self._read(context)
-        return Draft(next(iter(self.continuations(count)), []))
+        self.read(context)
+        return Draft(next(self.continuations(count), []))
 
-    def continuations(self, count: int) -> list[list[int]]:
+    def continuations(self, count: int) -> Iterator[list[int]]:
         """What followed earlier places, the longest agreement and the latest place first."""
-        found: list[list[int]] = []
         for length in range(min(self.longest, len(self._text)), self.shortest - 1, -1):
-            places = self._follows.get(tuple(self._text[-length:]), [])
-            found.extend(self._copied(place, count) for place in reversed(places))
-        return found
+            for place in reversed(self._follows.get(tuple(self._text[-length:]), [])):
+                yield self._copied(place, count)
 
     def _copied(self, place: int, count: int) -> list[int]:
         """`count` tokens from a place on; past the end of the text the copy goes on in itself."""
         period = len(self._text) - place
         return [self._text[place + step % period] for step in range(count)]
 
-    def _read(self, context: Sequence[int]) -> None:
+    def read(self, context: Sequence[int]) -> None:
+        """Take in what the text has more than at the last call."""
         known = len(self._text)
         if list(context[:known]) != self._text:
             self._text, self._follows, known = [], {}, 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -250,20 +251,26 @@ class Drawn:
 SMALL, RUNS, NEW = 4, 3000, 3
 
 
+def exact_law(decoder: TableDecoder) -> tuple[dict[tuple[int, ...], int], list[float]]:
+    """Every text of three tokens after [1, 2], counted 0 times, and how often it is expected."""
+    counts = dict.fromkeys(itertools.product(range(decoder.vocabulary), repeat=NEW), 0)
+    expected: list[float] = []
+    for text in counts:
+        rows = [decoder.row([1, 2, *text[:place]]).double().softmax(-1) for place in range(NEW)]
+        likely = [float(row[token]) for row, token in zip(rows, text, strict=True)]
+        expected.append(RUNS * math.prod(likely))
+    return counts, expected
+
+
 def p_value(widths: Sequence[int]) -> float:
     """Of the texts of three tokens that speculation draws, against their exact probabilities."""
-    sampling = Sampling(temperature=1.0, seed=0)
-    counts = dict.fromkeys(itertools.product(range(SMALL), repeat=NEW), 0)
     decoder = TreeTableDecoder(SMALL)
+    counts, expected = exact_law(decoder)
     for seed in range(RUNS):
         drafter = Drawn(10**6 + seed, widths, SMALL)
         sampling = Sampling(temperature=1.0, seed=seed)
         counts[tuple(speculative(decoder, drafter, [1, 2], sampling, NEW))] += 1
-    exact: list[float] = []
-    for text in counts:
-        rows = [decoder.row([1, 2, *text[:place]]).double().softmax(-1) for place in range(NEW)]
-        exact.append(float(torch.stack([r[t] for r, t in zip(rows, text, strict=True)]).prod()))
-    return chi_square(list(counts.values()), [RUNS * p for p in exact])
+    return chi_square(list(counts.values()), expected)
 
 
 def chi_square(seen: Sequence[int], expected: Sequence[float]) -> float:
