@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..ir.edit import same_size, shape, value_of
+from ..ir.edit import same_shape, same_size, shape, value_of
 from ..ir.pattern import bound_arguments
 from ..ir.program import Node
 from .attention_einsum import score_product, value_product
@@ -82,6 +82,7 @@ def read_softmax(node: Node, number: Number) -> Attention | None:
     """Products around a softmax; None where no product follows, else raises Unreadable."""
     path = path_to_product(node)
     if path is None:
+        _refuse_changed_weights(node)
         return None
     *inside, root = path
     rank, axis = len(shape(node)), int(bound_arguments(node)["dim"])
@@ -113,6 +114,19 @@ def path_to_product(node: Node) -> list[Node] | None:
             if rest is not None:
                 return [node, *rest]
     return None
+
+
+def _refuse_changed_weights(node: Node) -> None:
+    """Raise where weights of all keys meet values only after something else was done to them."""
+    for changed in node.users:
+        if changed.target in (*COPIES, *_DROPOUTS):
+            _refuse_changed_weights(changed)
+        pointwise = torch.Tag.pointwise in getattr(changed.target, "tags", ())
+        if not pointwise or len(shape(changed)) < 3 or not same_shape(changed, node):
+            continue
+        if any(_weighs(reader, changed) for reader in changed.users):
+            name = str(changed.target).split(".")[1]
+            raise Unreadable(f"its weights pass through {name} before they meet the values")
 
 
 def _weighs(reader: Node, weights: Node) -> bool:
