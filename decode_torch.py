@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .codegen.decode_plan import BoundPlan, Caches
 from .codegen.lower_cpu import pack_weights
-from .codegen.lower_decode import CannotDecode, Layer, layers_of, lower_plan
+from .codegen.lower_decode import CannotDecode, Layer, layers_of, lower_plan, most_rows
 from .ir.errors import TextTooLong, WrongInput
 from .ir.program import Program
 from .kernels.plan_cpu import KEY_BLOCK, why_not
@@ -43,6 +43,7 @@ class TorchDecoder:
         self._many: BoundPlan | None = None
         self._caches = _empty(self._layers, KEY_BLOCK)
         self._length = 0
+        self._most = most_rows(packed)
         self.vocabulary = int(program.results[0].meta["val"].shape[-1])
         cache = program.metadata.get("cache")
         self.context: int | None = cache.get("context") if isinstance(cache, dict) else None
@@ -58,22 +59,29 @@ class TorchDecoder:
         Raises TextTooLong, and WrongInput for no tokens or unknown ones.
         """
         self._check(tokens)
-        ids = torch.tensor([tokens], dtype=torch.int64)
         wanted = len(tokens) if last is None else min(last, len(tokens))
         self._reserve(self._length + len(tokens))
-        plan = self._plan(len(tokens))
-        rows: list[Tensor] = []
-        for start in range(0, len(tokens), plan.room):
-            part = ids[:, start : start + plan.room]
-            left = len(tokens) - start - part.shape[1]  # tokens after this part
-            count = min(max(wanted - left, 1), part.shape[1])
-            logits = plan.run(
-                part, self._length, count, self._caches, None, torch.get_num_threads()
-            )
-            self._length += part.shape[1]
-            if wanted > left:
-                rows.append(logits[-count:])
+        parts = self._parts(len(tokens), wanted)
+        rows = [self._part(tokens[start:end], count) for start, end, count in parts]
+        rows = [part for part, (_, _, count) in zip(rows, parts, strict=True) if count]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+    def _parts(self, tokens: int, wanted: int) -> list[tuple[int, int, int]]:
+        """(start, end, rows of logits wanted) of what is computed at once."""
+        silent = tokens - wanted
+        few = self._most is not None and wanted > self._most
+        bounds = list(range(0, silent if few else tokens, ROOM))
+        bounds += range(silent, tokens, self._most) if few and self._most else []
+        pairs = zip(bounds, [*bounds[1:], tokens], strict=True)
+        return [(a, b, min(max(b - silent, 0), b - a)) for a, b in pairs]
+
+    def _part(self, tokens: Sequence[int], count: int) -> Tensor:
+        ids = torch.tensor([tokens], dtype=torch.int64)
+        run = self._plan(len(tokens)).run
+        threads = torch.get_num_threads()
+        logits = run(ids, self._length, max(count, 1), self._caches, None, threads)
+        self._length += len(tokens)
+        return logits[-max(count, 1) :]
 
     def rewind(self, length: int) -> None:
         """Forget everything after the first `length` tokens."""

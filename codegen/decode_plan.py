@@ -173,6 +173,7 @@ class BoundPlan:
     ) -> Tensor:
         """Logits [last or more, vocabulary] of `ids` [1, tokens] at `past`; fills the caches."""
         tokens = ids.shape[1]
+        assert tokens <= self.room and past + tokens <= caches.capacity
         self._slots[0] = ids
         call = self._call
         call.past, call.capacity, call.all = past, caches.capacity, tokens

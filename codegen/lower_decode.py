@@ -81,6 +81,14 @@ def layers_of(program: Program) -> list[Layer]:
     ]
 
 
+def most_rows(program: Program) -> int | None:
+    """How many tokens' logits one call gives at most; None where it gives all."""
+    size, many = program.results[0].meta["val"].shape[1], 1 << 20
+    if not isinstance(size, int):
+        size = size.node.expr.xreplace({_symbols(program).tokens: sympy.Integer(many)})
+    return None if size == many else int(size)
+
+
 def lower_plan(program: Program, few: bool) -> Plan:
     """The plan of a program whose weights are packed (lower_cpu.py), for one text.
 
@@ -172,7 +180,7 @@ class _Lowering:
         place = self.place(new)
         layer = self.layers[past.layer]
         width = layer.head if past.kind == "key" else layer.value_head
-        if place is None or len(place.shape) != 4 or place.strides[3] != 1 and width > 1:
+        if place is None or len(place.shape) != 4 or (place.strides[3] != 1 and width > 1):
             raise self._refusal(node, "its new keys or values are no float32 rows of tokens")
         kind = Kind.APPEND_KEY if past.kind == "key" else Kind.APPEND_VALUE
         sizes = [place.token_stride, place.strides[1], layer.kv_heads, width, past.layer]
@@ -327,7 +335,7 @@ class _Lowering:
             )
         if plain == tokens:
             return Size(_tokens_alone, False)
-        plain = plain.xreplace({symbol: past[0] for symbol in past})
+        plain = plain.xreplace(dict.fromkeys(past, past[0]))
         of = sympy.lambdify([tokens, past[0]], plain, modules=["math"])
         return Size(lambda t, p: int(of(t, p)), bool(plain.free_symbols & {past[0]}))
 
