@@ -16,7 +16,8 @@ from .ir.errors import WrongInput
 
 if TYPE_CHECKING:
     from .generation import Generation
-    from .generator import Generator
+    from .generator import Generator, SamplingOptions
+    from .speculate import Drafter
 
 
 def generate(
@@ -45,6 +46,14 @@ def generate(
     ids: Annotated[
         bool, typer.Option("--ids", help="PROMPT is token ids (1,15,7), and so is the output.")
     ] = False,
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ngram|FOLDER",
+            help="Check several guessed tokens at a time, the text staying the same: copied from "
+            "the text itself, or by a smaller exported decoder.",
+        ),
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON too.")
     ] = None,
@@ -56,16 +65,21 @@ def generate(
 
         with working(f"load {folder}"):
             generator = Generator(folder, threads=threads)
+        sampling: SamplingOptions = {
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "seed": seed,
+        }
+        if draft is not None:
+            generator.drafter = _drafter(draft, sampling, threads)
         stream = generator.stream(
             _prompt(generator, prompt, chat, ids),
             max_new_tokens=max_new_tokens,
             stop=stop or (),
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
+            **sampling,
         )
         try:
             for piece in stream:
@@ -78,6 +92,17 @@ def generate(
         if generator.statistics is not None:
             err.print(str(generator.statistics), markup=False)
         write_json(json_file, describe(stream.result))
+
+
+def _drafter(draft: str, sampling: SamplingOptions, threads: int) -> Drafter:
+    from .draft_model import ModelDrafter
+    from .draft_ngram import NgramDrafter
+    from .generator import Generator
+    from .sampling import Sampling
+
+    if draft == "ngram":
+        return NgramDrafter()
+    return ModelDrafter(Generator(draft, threads=threads).decoder, Sampling(**sampling))
 
 
 def _prompt(generator: Generator, prompt: str, chat: bool, ids: bool) -> str | list[int]:
