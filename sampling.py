@@ -17,6 +17,8 @@ from torch import Tensor
 
 from .ir.errors import PlanishError, WrongOption
 
+_NUCLEUS = 512
+
 
 class BadLogits(PlanishError):
     """A model's logits tell nothing: one of them is NaN, or all are minus infinity."""
@@ -121,10 +123,18 @@ def draw(probabilities: Tensor, generator: torch.Generator) -> int:
 
 
 def _nucleus(likely: Tensor, mass: float) -> Tensor:
-    """Which tokens of likely [n, vocabulary] are needed for the mass, the likeliest first."""
-    ordered, places = likely.sort(dim=-1, descending=True, stable=True)
-    kept = ordered.cumsum(-1) - ordered < mass
-    return torch.zeros_like(kept).scatter_(-1, places, kept)
+    """Which tokens of likely [n, vocabulary] are needed for the mass, the likeliest first.
+
+    Mostly a few: sorting the whole vocabulary would take longer than many a model.
+    """
+    vocabulary = likely.shape[-1]
+    count = min(_NUCLEUS, vocabulary)
+    while True:
+        ordered, places = likely.topk(count, -1)
+        kept = ordered.cumsum(-1) - ordered < mass
+        if count == vocabulary or not bool(kept[:, -1].any()):
+            return torch.zeros_like(likely, dtype=torch.bool).scatter_(-1, places, kept)
+        count = min(8 * count, vocabulary)
 
 
 def _check(name: str, value: float, holds: bool, expected: str) -> None:

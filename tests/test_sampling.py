@@ -70,6 +70,15 @@ def test_probabilities_are_those_of_transformers(sampling: Sampling) -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
 
 
+def test_a_nucleus_wider_than_the_first_look() -> None:
+    scores = torch.randn(3, 5000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for top_p in (0.01, 0.5, 0.999):
+        found = Sampling(temperature=1.0, top_p=top_p).probabilities(scores)
+        wanted = TopPLogitsWarper(top_p)(torch.zeros(3, 0, dtype=torch.long), scores).softmax(-1)
+        assert torch.equal(found > 0, wanted > 0)
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
+
+
 def test_greedy_is_the_first_of_the_largest() -> None:
     scores = torch.tensor([[1.0, 5.0, 5.0, -2.0], [0.0, 0.0, 0.0, 0.0]])
     greedy = Sampling()
