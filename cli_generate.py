@@ -5,6 +5,7 @@ The text goes to stdout as it is; what is told about it goes to stderr.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -83,11 +84,10 @@ def generate(
         )
         try:
             for piece in stream:
-                sys.stdout.write(f"{piece.token} " if ids else piece.text)
-                sys.stdout.flush()
+                _write(f"{piece.token} " if ids else piece.text)
         finally:
-            sys.stdout.write("\n")
             stream.close()
+            _write("\n")
         err.print(summary(stream.result), markup=False)
         if generator.statistics is not None:
             err.print(str(generator.statistics), markup=False)
@@ -103,6 +103,16 @@ def _drafter(draft: str, sampling: SamplingOptions, threads: int) -> Drafter:
     if draft == "ngram":
         return NgramDrafter()
     return ModelDrafter(Generator(draft, threads=threads).decoder, Sampling(**sampling))
+
+
+def _write(text: str) -> None:
+    """To stdout at once; who closes it, as `head` does, has read enough."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1) from error
 
 
 def _prompt(generator: Generator, prompt: str, chat: bool, ids: bool) -> str | list[int]:

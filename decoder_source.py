@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from .ir.errors import MissingExtra
 from .ir.program import Program
-from .tokenizer import CHAT_TEMPLATE, SETTINGS, TOKENIZER, read_json
+from .ir.read_hf_folder import import_transformers, quiet
+from .tokenizer import CHAT_TEMPLATE, SETTINGS, TOKENIZER, Tokenizer, read_json
 
 GENERATION = "generation_config.json"
 
@@ -28,6 +30,7 @@ _TOKENIZER_FILES = (
     "spiece.model",
 )
 _SLOW_TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+_PROBE = "The  cost: 3,141.5 (naïve)\n\tx = [f(y) for y in z]  "
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
 _TOKEN_NAMES = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -85,7 +88,8 @@ class DecoderSource:
     def copy_tokenizer(self, folder: Path) -> list[str]:
         """Write the tokenizer's files into a folder; returns their names, none if there is none.
 
-        A tokenizer without `tokenizer.json` is converted by transformers.
+        They are copied, unless there is no `tokenizer.json` or transformers, which knows more of
+        some tokenizers than that file says, tokenizes otherwise: then it writes them.
         """
         if self.folder is None:
             return []
@@ -93,10 +97,12 @@ class DecoderSource:
         if TOKENIZER in present:
             for name in present:
                 shutil.copyfile(self.folder / name, folder / name)
-            return present
-        if any(name in present for name in _SLOW_TOKENIZERS):
-            return _convert_tokenizer(self.folder, folder)
-        return []
+        elif not any(name in present for name in _SLOW_TOKENIZERS):
+            return []
+        theirs = _load_tokenizer(self.folder)
+        if theirs is not None and not _agrees(theirs, folder):
+            theirs.save_pretrained(str(folder))
+        return sorted(name for name in _TOKENIZER_FILES if (folder / name).is_file())
 
     def _named(self, name: str) -> Any:
         """An entry of the configuration, or of the part of it that describes the text model."""
@@ -112,18 +118,19 @@ def _as_dict(config: Any) -> Mapping[str, Any]:
     return config.to_dict() if hasattr(config, "to_dict") else {}
 
 
-def _convert_tokenizer(source: Path, folder: Path) -> list[str]:
-    from .ir.read_hf_folder import import_transformers, quiet
+def _load_tokenizer(source: Path) -> Any:
+    """The folder's tokenizer as transformers has it, or None where that knows none."""
+    try:
+        transformers = import_transformers()
+        with quiet(transformers):
+            return transformers.AutoTokenizer.from_pretrained(
+                str(source), local_files_only=True, trust_remote_code=False
+            )
+    except (MissingExtra, ImportError, ValueError, KeyError, OSError):
+        return None
 
-    transformers = import_transformers()
-    before = _names(folder.iterdir())
-    with quiet(transformers):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            str(source), local_files_only=True, trust_remote_code=False
-        )
-        tokenizer.save_pretrained(str(folder))
-    return sorted(_names(folder.iterdir()) - before)
 
-
-def _names(files: Iterable[Path]) -> set[str]:
-    return {file.name for file in files}
+def _agrees(theirs: Any, folder: Path) -> bool:
+    if not (folder / TOKENIZER).is_file():
+        return False
+    return Tokenizer(folder).encode(_PROBE) == list(theirs(_PROBE)["input_ids"])

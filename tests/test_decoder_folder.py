@@ -10,6 +10,7 @@ from typing import Any
 import planish
 import pytest
 import tiny_decoders as tiny
+import tokenizers
 import transformers
 from planish.decode_onnx import OnnxDecoder
 from planish.decoder_folder import (
@@ -23,6 +24,7 @@ from planish.decoder_source import DecoderSource
 from planish.genai_config import genai_config, why_not_genai
 from planish.ir.errors import CorruptFile, PlanishError, SourceNotFound, TruncatedFile
 from planish.tokenizer import NoChatTemplate, Tokenizer
+from tokenizers import models, pre_tokenizers
 
 SECTION: dict[str, Any] = {
     "cache": "shared",
@@ -110,6 +112,34 @@ def test_a_tokenizer_without_tokenizer_json_is_converted(tmp_path: Path) -> None
     assert "tokenizer.json" in DecoderSource.of(source).copy_tokenizer(out)
     theirs = transformers.AutoTokenizer.from_pretrained(str(source))
     assert Tokenizer(out).encode("hellos, world") == theirs("hellos, world")["input_ids"]
+
+
+def test_what_transformers_knows_better_is_written_by_it(tmp_path: Path) -> None:
+    """Its class for this tokenizer puts no space before a text, whatever tokenizer.json says."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    for folder in (source, out):
+        folder.mkdir()
+    pieces = [
+        "<pad>",
+        "<eos>",
+        "<bos>",
+        "<unk>",
+        "\u2581",
+        *"abcdefghijklmnopqrstuvwxyz",
+        "\u2581t",
+    ]
+    made = tokenizers.Tokenizer(
+        models.BPE({p: i for i, p in enumerate(pieces)}, [("\u2581", "t")], unk_token="<unk>")
+    )
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)  # pyright: ignore
+    made.save(str(source / "tokenizer.json"))
+    (source / "config.json").write_text(json.dumps({"model_type": "gemma"}))
+    settings = {"tokenizer_class": "GemmaTokenizer", "bos_token": "<bos>", "unk_token": "<unk>"}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    theirs = transformers.AutoTokenizer.from_pretrained(str(source))("to it")["input_ids"]
+    assert Tokenizer(source).encode("to it") != theirs
+    DecoderSource.of(source).copy_tokenizer(out)
+    assert Tokenizer(out).encode("to it") == theirs
 
 
 # GenAI --------------------------------------------------------------------------------------
