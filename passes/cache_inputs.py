@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..ir.edit import same_size, shape
+from ..ir.edit import same_size, shape, value_of
 from ..ir.errors import PlanishError
 from ..ir.pattern import bound_arguments
 from ..ir.positional import Positional, contents_read, free_symbols, is_size
@@ -169,17 +169,22 @@ def _length_axis(node: Node, length: Any) -> int | None:
 
 
 def _place_inputs(program: Program, attentions: Sequence[Node], length: Any) -> list[Node]:
-    """Inputs that masks are made of, or that are counted along the length (cumsum)."""
+    """Inputs that masks are made of, or whose whole numbers are counted up along the length."""
     masks = [bound_arguments(node)["mask"] for node in attentions]
     found = _sources(mask for mask in masks if isinstance(mask, fx.Node))
     plain = Positional(program).nodes
     for node in program.inputs:
         if node in found or _length_axis(node, length) is None:
             continue
-        reached = Positional(program, [node]).nodes - plain
-        if any(mixes_length(reader, length) for reader in reached):
+        reached = [n for n in Positional(program, [node]).nodes - plain if _is_tensor(n)]
+        counted = [r for r in reached if not value_of(r).is_floating_point()]
+        if any(mixes_length(reader, length) for reader in counted):
             found.add(node)
     return [node for node in program.inputs if node in found]
+
+
+def _is_tensor(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor)
 
 
 def _sources(todo: Iterable[Node]) -> set[Node]:
