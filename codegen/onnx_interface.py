@@ -96,9 +96,12 @@ def graph_outputs(b: Builder, inputs: list[Value], decoder: Decoder | None) -> l
 def output_names(program: Program, decoder: Decoder | None = None) -> list[str]:
     """logits, hidden_states_0, ...: the path of each flat output in what the model returns."""
     spec = program.out_spec
-    if decoder is None:
-        return _paths(spec)
-    return [*_paths(spec.child(0)), *decoder.outputs]
+    if decoder is not None:
+        return [*_paths(spec.child(0)), *decoder.outputs]
+    crossing = program.metadata.get("cross", {})
+    if crossing.get("part") == "encoder":  # what the decoder's model takes, by its names there
+        return [*_paths(spec.child(0)), *crossing["names"]]
+    return _paths(spec)
 
 
 def _paths(spec: pytree.TreeSpec) -> list[str]:

@@ -26,7 +26,8 @@ from ..ir.history import Measured
 from ..ir.program import Node, Program
 from ..ir.rewrite import Decline, Match, Rule, apply_rules
 from .contract import Context, Pass, contract
-from .head_channels import HeadTracer, NotTraceable, Operand
+from .find_projection import NotTraceable
+from .head_channels import HeadTracer, Operand
 from .pool_heads import Pooling, check, emit, kept
 
 _ATTENTION = torch.ops.planish.attention.default
@@ -55,7 +56,7 @@ class _Pool(Rule):
         try:
             found = self._poolings(node)
         except NotTraceable as reason:
-            return Decline(str(reason))
+            return Decline(reason.what)
         left = {p.operand.name: kept(self.program, p) for p in found[:2]}
         told = ", ".join(f"{name} {ratio:.1f} dB" for name, ratio in left.items())
         note = f"{heads} heads to {self.groups}, SQNR of the pooled weights: {told}"
@@ -104,13 +105,14 @@ def _refuse_other_readers(attention: Node, operands: Iterable[Operand]) -> None:
             for reader in value.users:
                 if reader not in own and _size_before(reader, operand) is None:
                     raise NotTraceable(f"%{reader.name} reads its {operand.name} as well")
-        weight = operand.projection.weight
-        for reader in weight.users:
-            if reader is not operand.projection.node:
-                raise NotTraceable(
-                    f"the weight {weight.target} of its {operand.name} is tied: "
-                    f"%{reader.name} reads it as well"
-                )
+        projection = operand.projection
+        for read in (projection.weight, *projection.readers[1:]):
+            for reader in read.users:
+                if reader not in projection.readers:
+                    raise NotTraceable(
+                        f"the weight {projection.weight.target} of its {operand.name} is tied: "
+                        f"%{reader.name} reads it as well"
+                    )
 
 
 def _size_before(reader: Node, operand: Operand) -> tuple[Node, int] | None:

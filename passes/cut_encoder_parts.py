@@ -21,6 +21,7 @@ from ..ir.program import Node, Program
 from .cut_encoder_flow import CannotCut, Cut, find_cut, keys_and_values
 
 _SIZE = torch.ops.aten.sym_size.int
+_KINDS = ("key", "value")
 _GONE = object()
 
 
@@ -63,10 +64,11 @@ def make_decoder(program: Program) -> Half:
     _describe(program, cut, others, "decoder")
     editor = Editor(program)
     for place, attention in enumerate(cut.cross):
-        key, value = keys_and_values(attention)
-        key = _placeholder(editor, f"cross_key_{place}", key)
-        value = _placeholder(editor, f"cross_value_{place}", value)
-        attention.args = (attention.args[0], key, value, *attention.args[3:])
+        made = [
+            _placeholder(editor, f"cross_{kind}_{place}", source)
+            for kind, source in zip(_KINDS, keys_and_values(attention), strict=True)
+        ]
+        attention.args = (attention.args[0], *made, *attention.args[3:])
     for name, value in others.items():
         value.replace_all_uses_with(_placeholder(editor, name, value))
     program.output.args = ([program.results[place] for place in kept],)
@@ -199,11 +201,17 @@ def _without(tree: Any, kept: frozenset[int]) -> Any:
     return 0 if tree in kept else _GONE
 
 
+def _names(cut: Cut, others: Mapping[str, Node]) -> list[str]:
+    """What crosses, in order, by the names of the decoder's inputs."""
+    pairs = [f"cross_{kind}_{place}" for place in range(len(cut.cross)) for kind in _KINDS]
+    return [*pairs, *others]
+
+
 def _describe(program: Program, cut: Cut, others: Mapping[str, Node], part: str) -> None:
-    """metadata["cross"]: which half this is, and the form of what crosses."""
+    """metadata["cross"]: which half this is, and the form and names of what crosses."""
     layers: list[dict[str, Any]] = []
     for attention in cut.cross:
         key, value = (value_of(node) for node in keys_and_values(attention))
         form = {"kv_heads": key.shape[1], "head": key.shape[3], "value_head": value.shape[3]}
         layers.append({**form, "dtype": str(key.dtype).removeprefix("torch.")})
-    program.metadata["cross"] = {"part": part, "layers": layers, "others": list(others)}
+    program.metadata["cross"] = {"part": part, "layers": layers, "names": _names(cut, others)}

@@ -20,7 +20,8 @@ from ..ir.numerics import sqnr
 from ..ir.positional import is_size
 from ..ir.program import Node, Program
 from ..ir.weights import Derived
-from .head_channels import BY_HEAD, BY_PLACE, JOINED, NotTraceable, Operand, data_of
+from .find_projection import NotTraceable, data_of
+from .head_channels import BY_HEAD, BY_PLACE, JOINED, Operand, Step
 
 _ATEN = torch.ops.aten
 _FROM_RIGHT = {BY_HEAD: 3, BY_PLACE: 2, JOINED: 1}
@@ -41,15 +42,13 @@ class Pooling:
 
 def check(pooling: Pooling) -> None:
     """Raise NotTraceable if a step of the way treats heads in a way that has no mean."""
-    for step, layout in pooling.operand.steps:
-        if layout is None:
-            continue
-        if step.target is _ATEN.layer_norm.default and len(step.args[1]) != 1:  # type: ignore[arg-type]
-            raise NotTraceable(f"%{step.name} normalizes over several axes")
-        for part in _others(step):
-            axis = _head_axis(part, layout)
-            if axis is not None and part.op != "get_attr":
-                raise NotTraceable(f"%{step.name} takes another %{part.name} for each head")
+    for step in pooling.operand.steps:
+        node = step.node
+        if node.target is _ATEN.layer_norm.default and len(node.args[1]) != 1:  # type: ignore[arg-type]
+            raise NotTraceable(f"%{node.name} normalizes over several axes")
+        for part in _by_head(step):
+            if part.op != "get_attr":
+                raise NotTraceable(f"%{node.name} takes another %{part.name} for each head")
 
 
 def kept(program: Program, pooling: Pooling) -> float:
@@ -66,11 +65,11 @@ def emit(editor: Editor, attention: Node, pooling: Pooling) -> Node:
     """The operand [batch, groups, place, channel], emitted before the attention."""
     value = _emit_projection(editor, pooling)
     form = _Form(editor, value, _sizes(editor, attention, pooling.operand), pooling)
-    for step, layout in pooling.operand.steps:
-        if layout is not None:
-            form.lay_out(layout)
-        editor.module = step.meta.get("module", "")
-        form.value = _emit_step(editor, step, layout, form.value, pooling)
+    for step in pooling.operand.steps:
+        if step.layout is not None:
+            form.lay_out(step.layout)
+        editor.module = step.node.meta.get("module", "")
+        form.value = _on_block(editor, step, form.value, pooling)
     editor.module = attention.meta.get("module", "")
     form.lay_out(BY_HEAD)
     return form.value
@@ -105,7 +104,7 @@ class _Form:
 
 def _sizes(editor: Editor, attention: Node, operand: Operand) -> tuple[Any, Any]:
     """The sizes batch and place as numbers or nodes; -1 for places that no node counts."""
-    batch, _, places, _ = shape(operand.path[0])
+    batch, _, places, _ = shape(operand.value)
     count, found = _size(attention, batch), _size(attention, places)
     if count is None:
         source = next(
@@ -191,41 +190,53 @@ def _joined_mean(groups: int, heads: int, weight: Tensor) -> Tensor:
     return _mean(weight.unflatten(-1, (heads, -1)), weight.dim() - 1, groups).flatten(-2)
 
 
-def _emit_step(
-    editor: Editor, step: Node, layout: str | None, value: Node, pooling: Pooling
-) -> Node:
-    changed: dict[Node, Node] = {data_of(step): value}
-    if layout is not None:
-        for part in _others(step):
-            axis = _head_axis(part, layout)
-            if axis is not None:
-                changed[part] = _pooled_part(editor, part, axis, layout, pooling)
-    args = list(map_arg(step.args, lambda node: changed.get(node, node)))
-    if step.target is _ATEN.layer_norm.default and layout == JOINED:
+def _on_block(editor: Editor, step: Step, value: Node, pooling: Pooling) -> Node:
+    """The step on its channels of each head; the others pass by."""
+    if step.block is None:
+        return _emit_step(editor, step, value, pooling)
+    start, end = step.block
+    ends = [(0, start), (start, end), (end, pooling.width)]
+    parts = [editor.emit(_ATEN.slice.Tensor, value, 3, a, b) if a < b else None for a, b in ends]
+    parts[1] = _emit_step(editor, step, parts[1], pooling)  # type: ignore[arg-type]
+    return editor.emit(_ATEN.cat.default, [part for part in parts if part is not None], 3)
+
+
+def _emit_step(editor: Editor, step: Step, value: Node, pooling: Pooling) -> Node:
+    node = step.node
+    changed: dict[Node, Node] = {data_of(node): value}
+    for part in _by_head(step):
+        changed[part] = _pooled_part(editor, part, step, pooling)
+    args = list(map_arg(node.args, lambda read: changed.get(read, read)))
+    if node.target is _ATEN.layer_norm.default and step.layout == JOINED:
         args[1] = [pooling.groups * pooling.width]
-    kwargs = map_arg(step.kwargs, lambda node: changed.get(node, node))
-    return editor.emit(step.target, *args, **kwargs)
+    kwargs = map_arg(node.kwargs, lambda read: changed.get(read, read))
+    return editor.emit(node.target, *args, **kwargs)
 
 
-def _pooled_part(editor: Editor, part: Node, axis: int, layout: str, pooling: Pooling) -> Node:
+def _pooled_part(editor: Editor, part: Node, step: Step, pooling: Pooling) -> Node:
     heads, groups = pooling.operand.heads, pooling.groups
-    name = pooling.operand.name
-    if layout == JOINED:
+    axis = _head_axis(part, step)
+    assert axis is not None
+    if step.layout == JOINED:
         compute = functools.partial(_joined_mean, groups, heads)
-        return _new_weight(editor, part, axis, groups * pooling.width, compute, name)
-    compute = functools.partial(_mean, axis=axis, groups=groups)
-    return _new_weight(editor, part, axis, groups, compute, name)
+        size = groups * pooling.width
+    else:
+        compute = functools.partial(_mean, axis=axis, groups=groups)
+        size = groups
+    return _new_weight(editor, part, axis, size, compute, pooling.operand.name)
 
 
-def _others(step: Node) -> list[Node]:
-    """The tensors besides the value itself that a step works with."""
-    read = [node for node in step.all_input_nodes if node is not data_of(step)]
-    return [node for node in read if isinstance(node.meta.get("val"), Tensor)]
+def _by_head(step: Step) -> list[Node]:
+    """The tensors besides the value itself that the step takes and that tell heads apart."""
+    data = data_of(step.node)
+    read = [node for node in step.node.all_input_nodes if node is not data]
+    return [part for part in read if _head_axis(part, step) is not None]
 
 
-def _head_axis(part: Node, layout: str) -> int | None:
+def _head_axis(part: Node, step: Step) -> int | None:
     """The axis on which a broadcast tensor tells heads apart, if it does."""
-    axis = len(shape(part)) - _FROM_RIGHT[layout]
-    if axis < 0 or same_size(shape(part)[axis], 1):
+    value = part.meta.get("val")
+    if step.layout is None or not isinstance(value, Tensor):
         return None
-    return axis
+    axis = value.dim() - _FROM_RIGHT[step.layout]
+    return axis if axis >= 0 and not same_size(value.shape[axis], 1) else None

@@ -138,9 +138,9 @@ def hand_pooled(name: str, groups: int, state: dict[str, Tensor], heads: int) ->
     return pooled
 
 
-@pytest.mark.parametrize("name", ["qwen2", "phi3", "cohere"])
+@pytest.mark.parametrize("name", ["phi3", "cohere"])
 def test_it_is_the_model_pooled_by_hand(name: str) -> None:
-    """6 key and value heads to 2, against the model's own code; biases, packed, normed keys."""
+    """6 key and value heads to 2, against the model's own code: packed, and with normed keys."""
     architecture = zoo.ARCHITECTURES[name]
 
     def model(heads: int) -> nn.Module:
@@ -173,7 +173,7 @@ def test_it_is_the_model_pooled_by_hand(name: str) -> None:
     assert relative_error(wide, unpooled) > 1e-2
 
 
-LAYOUTS = ("separate", "packed", "by head", "in columns", "normed", "turned")
+LAYOUTS = ("separate", "packed", "by head", "in columns", "normed", "turned", "partial")
 HEADS, WIDTH, HIDDEN = 6, 5, 14
 
 
@@ -215,7 +215,12 @@ class _Attention(nn.Module):
             )
             return [part.unflatten(-1, form) for part in joined.chunk(3, -1)]
         keys = self.norm(self.k(x)) if self.layout == "normed" else self.k(x)
-        found = [part.unflatten(-1, form) for part in (self.q(x), keys, self.v(x))]
+        values = torch.matmul(x, self.v.weight.T) if self.layout == "partial" else self.v(x)
+        found = [part.unflatten(-1, form) for part in (self.q(x), keys, values)]
+        if self.layout == "partial":  # three channels of each head are computed in other ways
+            k = found[1].clamp(-1.5, 1.5)
+            normed = nn.functional.rms_norm(k[..., 1:3], (2,), eps=1e-6)
+            found[1] = torch.cat([found[1][..., :1], normed, torch.tanh(k[..., 3:])], -1)
         if self.layout == "turned":  # a factor and a norm of each head, in another layout
             flat = found[1].transpose(1, 2).flatten(0, 1) * 0.7
             found[1] = nn.functional.rms_norm(flat.unflatten(0, (-1, HEADS)), (WIDTH,), eps=1e-6)
@@ -257,7 +262,7 @@ def shared_within_groups(layout: str, groups: int, seed: int) -> Program:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     groups=st.sampled_from([1, 2, 3]),
     seed=st.integers(0, 2**31),
@@ -347,8 +352,17 @@ class _Other(_Attention):
     def parts(self, x: Tensor) -> list[Tensor]:
         if self.why == "computed":
             keys = nn.functional.linear(x, self.k.weight * 2).unflatten(-1, (HEADS, WIDTH))
-        elif self.why == "tanh":
-            keys = torch.tanh(self.k(x)).unflatten(-1, (HEADS, WIDTH))
+        elif self.why == "summed":
+            keys = self.k(x).cumsum(1).unflatten(-1, (HEADS, WIDTH))
+        elif self.why == "some heads":
+            keys = self.k(x).unflatten(-1, (HEADS, WIDTH))
+            keys = torch.cat([keys[:, :, :2], keys[:, :, 2:] * 0.7], 2)
+        elif self.why == "repeated":
+            keys = self.k(x).unflatten(-1, (HEADS, WIDTH))
+            keys = torch.cat([keys[..., :3], keys[..., :2] * 0.7], -1)
+        elif self.why == "two projections":
+            keys = torch.cat([self.k(x).chunk(2, -1)[0], self.q(x).chunk(2, -1)[1]], -1)
+            keys = keys.unflatten(-1, (HEADS, WIDTH))
         elif self.why == "given":
             keys = x[..., None, :WIDTH].expand(*x.shape[:2], HEADS, WIDTH)
         else:
@@ -384,9 +398,12 @@ def near_miss(why: str) -> Program:
     [
         ("tied", "the weight k.weight of its keys is tied: %linear_2 reads it as well"),
         ("computed", "%mul, which %linear multiplies by, is not a weight"),
-        ("tanh", "the keys come from %tanh = tanh, which is none of projection, layout, norm, "),
+        ("summed", "the keys come from %cumsum = cumsum, which is none of projection, layout, "),
+        ("some heads", " works on some heads or scattered channels only"),
+        ("repeated", "the keys do not keep the channels of %linear"),
+        ("two projections", "the keys are joined of %linear and %linear_1"),
         ("given", "the keys are not computed here but come in as %x"),
-        ("latent", "all heads share %expand, a part of their keys: they have one latent"),
+        ("latent", ", a part of their keys: they have one latent"),
         ("read twice", "%mean reads its keys as well"),
     ],
 )

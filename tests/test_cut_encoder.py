@@ -27,8 +27,16 @@ from planish.recipes import pipeline
 from torch import Tensor, nn
 from torch.export import Dim
 
-CASES: list[tuple[str, zoo.Attention]] = [
-    (name, attention) for name, attention in zoo.CASES if name in ("t5", "bart", "whisper")
+CASES = [
+    pytest.param(name, attention, marks=pytest.mark.slow if slow else ())
+    for name, attention, slow in (
+        ("t5", "sdpa", False),
+        ("t5", "eager", True),
+        ("bart", "sdpa", False),
+        ("bart", "eager", False),
+        ("whisper", "sdpa", False),
+        ("whisper", "eager", True),
+    )
 ]
 HEAD = {"t5": 10, "bart": 8, "whisper": 8}
 
@@ -112,7 +120,7 @@ def test_the_interface_of_both_halves(name: str, attention: zoo.Attention) -> No
     forms = {spec.name: spec.shape for spec in decoder.input_specs}
     assert all(forms[pair] == (None, 6, length, HEAD[name]) for pair in pairs)
     layer = {"kv_heads": 6, "head": HEAD[name], "value_head": HEAD[name], "dtype": "float32"}
-    told = {"layers": [layer, layer], "others": masks}
+    told = {"layers": [layer, layer], "names": [*pairs, *masks]}
     assert decoder.metadata["cross"] == {"part": "decoder", **told}
     assert encoder.metadata["cross"] == {"part": "encoder", **told}
     shared = set(encoder.weights) & set(decoder.weights)
@@ -279,21 +287,30 @@ def test_encoder_once_then_token_by_token(name: str, batch: int) -> None:
     assert relative(torch.cat(found, 1), wanted) < 1e-12
 
 
-def test_both_halves_run_in_onnxruntime(tmp_path: Path) -> None:
-    """Two ONNX models of standard operators: the source once, then the text, against PyTorch."""
+def test_encoder_and_cached_decoder_run_in_onnxruntime(tmp_path: Path) -> None:
+    """Two ONNX models of standard operators: the source once, then the text token by token."""
     encoder, decoder = halves("t5", "sdpa")
     whole = raised("t5", "sdpa")
-    for part, program in (("encoder", encoder), ("decoder", decoder)):
+    cached = Pipeline([InsertKvCache()]).run(decoder)
+    models: list[OnnxModel] = []
+    for part, program in (("encoder", encoder), ("decoder", cached)):
         out = export_program(program, tmp_path / part, "onnx", profile="standard")
         onnx.checker.check_model(str(out / "model.onnx"), full_check=True)
         graph = onnx.load(out / "model.onnx", load_external_data=False).graph
         assert {node.domain for node in graph.node} == {""}
+        models.append(OnnxModel(out, threads=1))
     inputs = sample("t5", "sdpa").other_inputs(batch=3)
     source, text = source_and_text(inputs)
-    crossing = list(OnnxModel(tmp_path / "encoder", threads=1)(**source).values())[1:]
-    names = [spec.name for spec in decoder.input_specs[1:]]
-    given = dict(zip(names, crossing, strict=True))
-    (logits,) = OnnxModel(tmp_path / "decoder", threads=1)(decoder_input_ids=text, **given).values()
+    crossing = models[0](**source)
+    assert list(crossing) == ["encoder_last_hidden_state", *encoder.metadata["cross"]["names"]]
+    del crossing["encoder_last_hidden_state"]
+    forms = [f"past_key_values.{place}.{kind}" for place in range(2) for kind in ("key", "value")]
+    past = dict(zip(forms, empty_past(cached, 3), strict=True))
+    found: list[Tensor] = []
+    for token in text.split(1, 1):
+        logits, *present = models[1](decoder_input_ids=token, **crossing, **past).values()
+        past = dict(zip(forms, present, strict=True))
+        found.append(logits)
     wanted = wide(whole, **inputs)["logits"]
     own = relative(whole(**inputs)["logits"], wanted)
-    assert relative(logits, wanted) <= 2 * own + torch.finfo(torch.float32).eps
+    assert relative(torch.cat(found, 1), wanted) <= 2 * own + torch.finfo(torch.float32).eps
