@@ -21,6 +21,7 @@ from ..ir.edit import Editor, infer
 from ..ir.errors import PlanishError
 from ..ir.pattern import bound_arguments
 from ..ir.program import Node, Program
+from .insert_kv_cache import empty_past
 
 _ATEN = torch.ops.aten
 _ATTENTION = torch.ops.planish.attention.default
@@ -198,23 +199,11 @@ def exchange_cache(program: Program, kept: int, past: Any, present: Any) -> None
     if program.examples:
         own = program.examples[: len(users)]
         batch = next(v.shape[0] for v in own if isinstance(v, Tensor))
-        program.examples = (*own, *empty_cache(program, batch))
+        program.examples = (*own, *empty_past(program, batch))
 
 
 def _form(nested: Any) -> Any:
     return pytree.tree_map_only(fx.Node, lambda node: 0, nested)
-
-
-def empty_cache(program: Program, batch: int) -> list[Tensor]:
-    """The flat `past` of a text not yet begun: zeros, free sizes behind the batch being 0."""
-    found: list[Tensor] = []
-    for node in program.inputs:
-        if node.name.startswith(PAST):
-            value = node.meta["val"]
-            lead, *rest = [size if isinstance(size, int) else None for size in value.shape]
-            sizes = [batch if lead is None else lead, *(size or 0 for size in rest)]
-            found.append(torch.zeros(sizes, dtype=value.dtype))
-    return found
 
 
 def describe_cache(program: Program, **entries: Any) -> None:

@@ -176,7 +176,8 @@ def empty_past(program: Program, batch: int) -> list[Any]:
     """What the inputs that the pass added are for a text not yet begun, flat and in order.
 
     Keys and values [batch, kv_heads, 0, head] of a cache that grows, or buffers of zeros [batch,
-    kv_heads, slots, head]; a length is 0, a position int64[] 0.
+    kv_heads, slots, head]; a length is 0, a position int64[] 0. Other forms of a cache (codes,
+    scores) likewise: zeros, with 0 for every free size but the batch.
     """
     static = (program.metadata.get("cache") or {}).get("form") == "static"
     found: list[Any] = []
@@ -187,8 +188,8 @@ def empty_past(program: Program, batch: int) -> list[Any]:
         elif node.name == POSITION and static:
             found.append(torch.zeros((), dtype=torch.int64))
         elif node.name.startswith("past_"):
-            _, heads, slots, width = value.shape
-            sizes = (batch, heads, slots if static else 0, width)
+            lead, *rest = [size if isinstance(size, int) else None for size in value.shape]
+            sizes = [batch if lead is None else lead, *(size or 0 for size in rest)]
             found.append(torch.zeros(sizes, dtype=value.dtype))
     return found
 

@@ -12,7 +12,8 @@ from ..ir.history import Measured
 from ..ir.interpret import run
 from ..ir.numerics import sqnr
 from ..ir.program import Program
-from .cached_attention import PAST, empty_cache
+from .cached_attention import PAST
+from .insert_kv_cache import empty_past
 
 _MASK = "attention_mask"
 
@@ -37,7 +38,7 @@ def run_in_pieces(
     """
     names = [node.name for node in program.inputs]
     lead = next(v.shape[0] for v in inputs if isinstance(v, Tensor))
-    past: list[Any] = empty_cache(program, lead)
+    past: list[Any] = empty_past(program, lead)
     found: list[Tensor] = []
     start = 0
     for end in cuts:
@@ -57,8 +58,8 @@ def _cut(name: str, value: Any, start: int, end: int) -> Any:
 def measured_loss(before: Program, after: Program, note: str) -> list[Measured]:
     """SQNR (dB) of the first result over the examples: half the text at once, then by the token.
 
-    before, after: the programs with the exact and with the lossy cache. note: what the text
-    was long enough for.
+    before, after: the programs with the exact and with the lossy cache. note: what to add to the
+    length of the text.
     """
     inputs = example_text(before)
     length = text_length(inputs)

@@ -32,7 +32,7 @@ from .cached_attention import (
 )
 from .contract import Context, Pass, contract
 from .kivi_cache import KiviForm, build_kivi
-from .measure_cache import measured_loss
+from .measure_cache import example_text, measured_loss, text_length
 
 _ATEN = torch.ops.aten
 _PLANISH = torch.ops.planish
@@ -93,13 +93,17 @@ class QuantizeKvCache(Pass):
         editor.sweep()
         make.refresh()
         describe_cache(program, **self._description())
-        context.journal.measured += measured_loss(before, program, self._told())
+        context.journal.measured += measured_loss(before, program, self._told(before))
 
     def _note(self) -> str:
         return "int8 per token and head" if self.bits == 8 else f"KIVI, {self.bits} bits"
 
-    def _told(self) -> str:
-        return "" if self.bits == 8 else f", the last {self.residual} of them not quantized"
+    def _told(self, program: Program) -> str:
+        if self.bits == 8:
+            return ""
+        if text_length(example_text(program)) <= self.residual:
+            return f", none of them coded yet: the last {self.residual} never are"
+        return f", the last {self.residual} of them not coded"
 
     def _description(self) -> dict[str, object]:
         if self.bits == 8:

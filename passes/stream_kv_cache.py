@@ -10,8 +10,9 @@ After: `%kept = cat([%past_key, %k], 2)`, unrotated; `%keys = rotary(%kept, cos,
 tokens are returned. Biases by distance and learned places of new tokens count within the cache
 too, because there the length of the cache is the place of the next token.
 The tokens of one call all see each other, as in the paper's prefill, and the cache is cut after
-it: feed a long text in pieces. Equal to the whole cache while sinks + window tokens hold the past.
-Lossy after that; the loss on the examples is in the history.
+it: feed a long text in pieces, which must fit into the model's context beside the cache. Equal to
+the whole cache while sinks + window tokens hold the past. Lossy after that; the loss on the
+examples is in the history.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ class StreamKvCache(Pass):
         layers = cached_attentions(program, _FIX)
         editor = Editor(program)
         places = Places(program, editor, layers)
+        self._check_context(program, layers[0])
         for layer in layers:
             self._check(layer)
             places.fault(layer, _FIX)
@@ -82,7 +84,7 @@ class StreamKvCache(Pass):
         exchange_cache(program, 2 * len(layers), past, tuple(present))
         editor.sweep()
         policy = {"name": "stream", "sinks": self.sinks, "window": self.window}
-        describe_cache(program, policy=policy, rewind=False)
+        describe_cache(program, policy=policy, rewind=False, context=None)
         context.journal.measured += self._measured(before, program)
 
     def _check(self, layer: CachedAttention) -> None:
@@ -93,6 +95,13 @@ class StreamKvCache(Pass):
             raise refusal(layer.node, f"{why} {told}", _FIX)
         if arguments["mask"] is not None and reads_input(arguments["mask"]):
             raise refusal(layer.node, "reads a mask of the whole text, which is cut", _FIX)
+
+    def _check_context(self, program: Program, layer: CachedAttention) -> None:
+        described = program.metadata.get("cache")
+        context = described.get("context") if isinstance(described, dict) else None
+        if context is not None and self.sinks + self.window >= context:
+            why = f"would hold {self.sinks} + {self.window} tokens before a new one"
+            raise refusal(layer.past[0], f"{why}, and the model knows {context} places", _FIX)
 
     def _measured(self, before: Program, after: Program) -> list[Measured]:
         """Equality while the past fits, and the loss over the whole examples."""

@@ -17,8 +17,9 @@ from paper_caches import weights as plain_weights
 from planish.ir.errors import PlanishError, WrongOption
 from planish.ir.interpret import run
 from planish.ir.program_folder import load_program, save_program
-from planish.passes.cached_attention import CacheRefused, empty_cache
+from planish.passes.cached_attention import CacheRefused
 from planish.passes.evict_kv_cache import EvictKvCache
+from planish.passes.insert_kv_cache import empty_past
 from planish.passes.measure_cache import run_in_pieces
 from planish.passes.pipeline import Pipeline
 
@@ -83,7 +84,7 @@ def test_beyond_that_it_computes_what_the_paper_says(name: str, cut: int) -> Non
 
 def test_the_cache_keeps_its_size_and_the_text_its_length() -> None:
     program = with_cache("llama", "sdpa", EvictKvCache(4, 3))
-    flat = empty_cache(program, 2)
+    flat = empty_past(program, 2)
     past: Any = (tuple(flat[:3]), tuple(flat[3:6]), (flat[6],))
     lengths: list[tuple[int, int]] = []
     for count in (5, 1, 9, 1):
@@ -101,7 +102,7 @@ def test_the_cache_keeps_its_size_and_the_text_its_length() -> None:
 def test_the_scores_of_a_prompt_are_those_of_all_its_queries() -> None:
     """Six query heads in two groups pay 1 for each of five queries."""
     program = with_cache("llama", "sdpa", EvictKvCache(9, 3))
-    _, *present = run(program, [tokens(2, 5), *empty_cache(program, 2)])
+    _, *present = run(program, [tokens(2, 5), *empty_past(program, 2)])
     assert torch.allclose(present[2].sum(-1), torch.full((2, 2), 15.0))
 
 

@@ -17,8 +17,8 @@ from planish.ir.errors import PlanishError, UnsupportedGroupSize, WrongOption
 from planish.ir.interpret import run
 from planish.ir.layouts import BitPacked
 from planish.ir.program_folder import load_program, save_program
-from planish.passes.cached_attention import CacheRefused, empty_cache
-from planish.passes.insert_kv_cache import InsertKvCache
+from planish.passes.cached_attention import CacheRefused
+from planish.passes.insert_kv_cache import InsertKvCache, empty_past
 from planish.passes.measure_cache import run_in_pieces
 from planish.passes.pipeline import Pipeline
 from planish.passes.quantize_kv_cache import QuantizeKvCache
@@ -120,7 +120,7 @@ def test_old_codes_pass_through_untouched() -> None:
     for step, kept in ((QuantizeKvCache(), (2,) * 4), (QuantizeKvCache(4, 5, 5), (2, 2, 2, 9))):
         program = with_cache("llama", "sdpa", step)
         ids = tokens(2, 13)
-        _, *past = run(program, [ids[:, :12], *empty_cache(program, 2)])
+        _, *past = run(program, [ids[:, :12], *empty_past(program, 2)])
         _, *present = run(program, [ids[:, 12:], *past])
         names = [n.name for n in program.inputs[1:]]
         for name, old, new, axis in zip(names, past, present, kept * 4, strict=False):
@@ -131,7 +131,7 @@ def test_old_codes_pass_through_untouched() -> None:
 def test_it_is_called_with_codes_and_scales() -> None:
     program = with_cache("llama", "sdpa", QuantizeKvCache())
     ids = tokens(2, 6)
-    flat = empty_cache(program, 2)
+    flat = empty_past(program, 2)
     past = tuple(((a, b), (c, d)) for a, b, c, d in (flat[:4], flat[4:]))
     result, present = program(input_ids=ids, past=past)
     assert result.logits.shape == (2, 6, 97)
@@ -146,7 +146,7 @@ def test_it_is_called_with_codes_and_scales() -> None:
 
 def test_kivi_keeps_groups_and_the_latest() -> None:
     program = with_cache("llama", "sdpa", QuantizeKvCache(2, 5, 10))
-    _, *present = run(program, [tokens(2, 27), *empty_cache(program, 2)])
+    _, *present = run(program, [tokens(2, 27), *empty_past(program, 2)])
     shapes = [tuple(part.shape) for part in present[:8]]
     assert shapes == [
         *((2, 2, 4, 5, 3), (2, 2, 4, 1, 10), (2, 2, 4, 1, 10), (2, 2, 7, 10)),

@@ -14,8 +14,9 @@ from paper_caches import StreamCache, run_pieces
 from planish.ir.errors import PlanishError, WrongOption
 from planish.ir.interpret import run
 from planish.ir.program_folder import load_program, save_program
-from planish.passes.cached_attention import CacheRefused, empty_cache
+from planish.passes.cached_attention import CacheRefused
 from planish.passes.evict_kv_cache import EvictKvCache
+from planish.passes.insert_kv_cache import empty_past
 from planish.passes.measure_cache import run_in_pieces
 from planish.passes.pipeline import Pipeline
 from planish.passes.quantize_kv_cache import QuantizeKvCache
@@ -71,7 +72,7 @@ def test_biases_by_distance_are_counted_in_the_cache() -> None:
     """ALiBi by the place in the cache is what the plain cached program does with a cut cache."""
     whole = cached("bloom", "eager")
     program = with_cache("bloom", "eager", StreamKvCache(3, 5))
-    ids, past = tokens(2, 17), empty_cache(whole, 2)
+    ids, past = tokens(2, 17), empty_past(whole, 2)
     pieces: list[Tensor] = []
     cuts = [6, 9, *range(10, 18)]
     for start, end in zip([0, *cuts], cuts, strict=False):
@@ -87,7 +88,7 @@ def test_biases_by_distance_are_counted_in_the_cache() -> None:
 
 def test_the_cache_keeps_its_size() -> None:
     program = with_cache("llama", "sdpa", StreamKvCache(3, 6))
-    past = empty_cache(program, 1)
+    past = empty_past(program, 1)
     sizes: list[int] = []
     for count in (2, 1, 9, 1, 3):
         _, *past = run(program, [tokens(1, count), *past])
@@ -95,6 +96,7 @@ def test_the_cache_keeps_its_size() -> None:
         assert all(part.shape[2] == sizes[-1] for part in past)
     assert sizes == [2, 3, 9, 9, 9]
     policy = {"name": "stream", "sinks": 3, "window": 6}
+    assert program.metadata["cache"]["context"] is None
     assert program.metadata["cache"]["policy"] == policy
     assert program.metadata["cache"]["rewind"] is False
 
@@ -134,6 +136,8 @@ def test_refusals_are_one_sentence() -> None:
     split = refusal("deepseek_v3", "sdpa", StreamKvCache(2, 6))
     assert "takes its place in the text from %rotary" in split.what
     assert "which is not one rotary embedding of the whole keys" in split.what
+    short = refusal("gpt2", "sdpa", StreamKvCache(4, 60))
+    assert "would hold 4 + 60 tokens before a new one, and the model knows 64 places" in short.what
     coded = refusal("llama", "sdpa", QuantizeKvCache(), StreamKvCache())
     assert "is not joined with new keys" in coded.what
     after = refusal("llama", "sdpa", StreamKvCache(), EvictKvCache())
