@@ -168,11 +168,13 @@ def _check_inputs(program: Program) -> list[str]:
     names = [node.name for node in program.inputs]
     known = {TREE_MASK, TREE_POSITIONS, PADDING_MASK}
     others = [name for name in names if not _is_past(name) and name not in known]
-    if "cached" not in program.facts or len(others) != 1:
+    cache = program.metadata.get("cache")
+    form = cache.get("form", "growing") if isinstance(cache, dict) else "growing"
+    if "cached" not in program.facts or len(others) != 1 or form != "growing":
         raise NotADecoder(
             "the program cannot decode token by token",
-            expected="token ids as its only input besides masks and a KV cache",
-            found=f"the inputs {', '.join(names)}",
+            expected="token ids as its only input besides masks and a growing KV cache",
+            found=f"the inputs {', '.join(names)}; a cache that is {form}",
             fix="capture from token ids alone and run insert_kv_cache",
         )
     return names

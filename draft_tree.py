@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .decoder import Decoder
 from .draft_model import TextFollower, independent
-from .draft_ngram import LONGEST, SHORTEST, NgramDrafter
+from .draft_ngram import BOLDNESS, LONGEST, SHORTEST, NgramDrafter
 from .sampling import Sampling, draw
 from .speculate import Draft
 
@@ -21,12 +21,18 @@ from .speculate import Draft
 class NgramTreeDrafter:
     """Prompt lookup with the continuations of several places at once, as one tree.
 
-    branches: how many different continuations; longest, shortest: as in `NgramDrafter`.
+    branches: how many different continuations; the rest as in `NgramDrafter`.
     """
 
-    def __init__(self, branches: int = 3, longest: int = LONGEST, shortest: int = SHORTEST) -> None:
+    def __init__(
+        self,
+        branches: int = 3,
+        longest: int = LONGEST,
+        shortest: int = SHORTEST,
+        boldness: float = BOLDNESS,
+    ) -> None:
         self.branches = branches
-        self._lookup = NgramDrafter(longest, shortest)
+        self._lookup = NgramDrafter(longest, shortest, boldness)
 
     def propose(self, context: Sequence[int], count: int) -> Draft:
         """Up to `branches` continuations of `count` tokens, merged where they begin alike."""

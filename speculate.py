@@ -20,7 +20,7 @@ from .decoder import Decoder
 from .ir.errors import PlanishError, WrongInput
 from .sampling import Sampling, draw
 
-DRAFT_TOKENS = 8
+DRAFT_TOKENS = 12
 
 
 class NoTreeDecoder(PlanishError):

@@ -23,7 +23,7 @@ GREEDY = Sampling()
 
 
 def proposed(text: list[int], count: int, longest: int = 4, shortest: int = 2) -> list[int]:
-    return list(NgramDrafter(longest, shortest).propose(text, count).tokens)
+    return list(NgramDrafter(longest, shortest, 99).propose(text, count).tokens)
 
 
 def test_the_longest_agreement_wins_and_then_the_latest_place() -> None:
@@ -32,6 +32,13 @@ def test_the_longest_agreement_wins_and_then_the_latest_place() -> None:
     assert proposed([1, 2, 3, 9, 8, 3], 3) == []
     assert proposed([1, 2, 3, 9, 8, 3], 3, shortest=1) == [9, 8, 3]
     assert proposed([], 3) == proposed([1], 3) == []
+
+
+def test_little_agreement_is_trusted_little() -> None:
+    text = [1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2]
+    assert NgramDrafter().propose(text, 12).tokens == [3, 4, 5]
+    assert NgramDrafter().propose([*text, 3, 4], 12).tokens == [5, 6, 7, 8, 9, 1]
+    assert NgramDrafter().propose([*text, 3, 4], 2).tokens == [5, 6]
 
 
 def test_a_period_goes_on() -> None:
@@ -61,7 +68,7 @@ def test_the_index_finds_what_a_search_finds(
     text: list[int], count: int, longest: int, shortest: int, cuts: list[int]
 ) -> None:
     """Also when the text grows in pieces, or is another one than before."""
-    drafter = NgramDrafter(longest, shortest)
+    drafter = NgramDrafter(longest, shortest, 99)
     for cut in [*cuts, len(text)]:
         found = list(drafter.propose(text[:cut], count).tokens)
         assert found == by_definition(text[:cut], count, longest, shortest)
@@ -74,7 +81,7 @@ def test_the_text_is_that_of_plain_decoding(
 ) -> None:
     ids = (*prompt(6), *prompt(6))
     told, decoder = Statistics(), ProgramDecoder(cached(name, attention))
-    drafter = NgramDrafter(4, 1)
+    drafter = NgramDrafter(4, 1, 2)
     found = speculative(decoder, drafter, ids, sampling, 40, draft_tokens=5, statistics=told)
     assert tuple(found) == plain_text(name, attention, ids, 40, sampling)
     assert told.drafted > 0

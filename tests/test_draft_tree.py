@@ -114,7 +114,7 @@ def test_greedy_text_with_trees(name: str, attention: zoo.Attention) -> None:
     wanted = plain_text(name, attention, ids, 24, GREEDY)
     first = Pipeline([KeepLayers(1)]).run(cached(name, attention))
     for drafter in (
-        NgramTreeDrafter(3, 3, 1),
+        NgramTreeDrafter(3, 3, 1, 2),
         ModelTreeDrafter(ProgramDecoder(first), widths=(3, 2, 1)),
     ):
         told, decoder = Statistics(), ProgramDecoder(branching(name, attention))
