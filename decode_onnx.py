@@ -15,43 +15,34 @@ from torch import Tensor
 from .check_text import check_length, check_tokens
 from .decoder_folder import MODEL, DecoderFolder, NotADecoderFolder, read_decoder_folder
 from .ir.errors import CorruptFile, WrongInput
-from .onnx_cache import CachePorts, GrowingCache, OnnxCache, SharedCache
-
-MASK = "attention_mask"
-"""Ones over past and new tokens, for a model captured with a padding mask."""
+from .onnx_cache import GrowingCache, OnnxCache, SharedCache
+from .onnx_ports import DTYPES, read_ports
 
 PIECE = 512
 """The most tokens of one run, which bounds the memory that a long prompt takes."""
-
-_DTYPES: dict[str, Any] = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(double)": np.float64,
-    "tensor(int64)": np.int64,
-    "tensor(int32)": np.int32,
-    "tensor(int8)": np.int8,
-    "tensor(uint8)": np.uint8,
-}
 
 
 class OnnxDecoder:
     """One text under way in an exported folder; a `Decoder`.
 
-    threads: of onnxruntime, 0 for its default. Raises what `read_decoder_folder` raises, and
-    CorruptFile where onnxruntime cannot read the model.
+    Exported after the pass add_tree_mask it is a `TreeDecoder` too. extra: what the last run
+    returned besides the logits and the cache, a row for each of its tokens. threads: of
+    onnxruntime, 0 for its default. Raises what `read_decoder_folder` raises, CorruptFile where
+    onnxruntime cannot read the model, NotADecoderFolder where it is not what the manifest says.
     """
 
     def __init__(self, folder: str | Path | DecoderFolder, *, threads: int = 0) -> None:
         described = folder if isinstance(folder, DecoderFolder) else read_decoder_folder(folder)
         self.folder = described
         self._session = _load(described.path / MODEL, threads)
-        self._ids, self._mask, self._logits, ports = _ports(self._session, described)
+        self._ports = read_ports(self._session, described)
         self._binding: Any = self._session.io_binding()
-        self._length = 0
+        self._begin, self._length = 0, 0
+        self.extra: list[Tensor] = []
         self._cache: OnnxCache = (
-            SharedCache(ports, described.context)
+            SharedCache(self._ports.cache, described.context)
             if described.cache == "shared"
-            else GrowingCache(ports)
+            else GrowingCache(self._ports.cache)
         )
 
     @property
@@ -97,26 +88,66 @@ class OnnxDecoder:
             )
         if length < self._length:
             self._cache.rewind(length)
+            self.extra = [v[: max(0, len(v) - self._length + length)] for v in self.extra]
             self._length = length
 
-    def _run(self, tokens: Sequence[int], kept: int) -> Tensor:
-        count, total = len(tokens), self._length + len(tokens)
+    def advance_tree(self, tokens: Sequence[int], parents: Sequence[int]) -> Tensor:
+        """Logits [len(tokens), vocabulary] of a tree of tokens; see `TreeDecoder`.
+
+        Raises NotADecoderFolder where the model has no tree mask, and what `advance` raises.
+        """
+        from .decode_program import tree_mask
+
+        if self._ports.tree is None or self.folder.logits is not None:
+            raise NotADecoderFolder(
+                "the exported decoder cannot look at a tree of tokens",
+                where=str(self.folder.path),
+                expected="the inputs of add_tree_mask, and logits of all positions",
+                found=f"{'a' if self._ports.tree else 'no'} tree mask, "
+                f"logits of {self.folder.logits or 'all'} positions",
+                fix="export it with add_tree_mask after insert_kv_cache in the recipe",
+            )
+        check_tokens(tokens, self.vocabulary)
+        check_length(self._length, len(tokens), self.context)
+        mask, depths = tree_mask(parents)
+        return self._run(tokens, len(tokens), (mask.numpy(), depths.numpy()))
+
+    def keep_branch(self, path: Sequence[int]) -> None:
+        """Of the tree just added keep only the tokens `path` (root first) in the cache."""
+        self._cache.select(self._begin, path)
+        self.extra = [value[list(path)] for value in self.extra]
+        self._length = self._begin + len(path)
+
+    def _run(
+        self, tokens: Sequence[int], kept: int, tree: tuple[np.ndarray, np.ndarray] | None = None
+    ) -> Tensor:
+        """One call of the session; the last `kept` rows of the logits it gives."""
+        ports, count, total = self._ports, len(tokens), self._length + len(tokens)
         self._cache.bind(self._binding, self._length, total)
-        self._bind_input(self._ids.name, np.array([tokens], _DTYPES[self._ids.type]))
-        if self._mask is not None:
-            self._bind_input(self._mask.name, np.ones((1, total), _DTYPES[self._mask.type]))
+        self._bind_input(ports.ids, np.array([tokens]))
+        if ports.mask is not None:
+            self._bind_input(ports.mask, np.ones((1, total)))
+        if ports.tree is not None:
+            chain = np.tri(count, dtype=np.bool_), np.arange(count)
+            for port, array in zip(ports.tree, tree or chain, strict=True):
+                self._bind_input(port, array)
         rows = min(self.folder.logits or count, count)
-        logits = np.empty((1, rows, self.vocabulary), _DTYPES[self._logits.type])
-        self._binding.bind_ortvalue_output(
-            self._logits.name, ort.OrtValue.ortvalue_from_numpy(logits)
-        )
+        logits = np.empty((1, rows, self.vocabulary), DTYPES[ports.logits.type])
+        value = ort.OrtValue.ortvalue_from_numpy(logits)
+        self._binding.bind_ortvalue_output(ports.logits.name, value)
+        for port in ports.extra:
+            self._binding.bind_output(port.name, "cpu")
         self._session.run_with_iobinding(self._binding)
         self._cache.keep(self._binding)
-        self._length = total
+        if ports.extra:
+            outputs = self._binding.get_outputs()[-len(ports.extra) :]  # they are bound last
+            self.extra = [torch.from_numpy(value.numpy())[0] for value in outputs]
+        self._begin, self._length = self._length, total
         return torch.from_numpy(logits[0, rows - kept :]).float()
 
-    def _bind_input(self, name: str, array: np.ndarray) -> None:
-        self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+    def _bind_input(self, port: Any, array: np.ndarray) -> None:
+        given = np.ascontiguousarray(array, DTYPES[port.type])
+        self._binding.bind_ortvalue_input(port.name, ort.OrtValue.ortvalue_from_numpy(given))
 
 
 def _pieces(count: int, wanted: int, rows: int) -> Iterator[tuple[int, int, int]]:
@@ -146,28 +177,3 @@ def _load(file: Path, threads: int) -> ort.InferenceSession:
             found=str(error).strip().splitlines()[0],
             fix="copy the folder again, or export the model again",
         ) from error
-
-
-def _ports(session: ort.InferenceSession, told: DecoderFolder) -> tuple[Any, Any, Any, CachePorts]:
-    """The inputs of the ids and of the mask, if there is one, the logits, and the cache."""
-    inputs = {port.name: port for port in session.get_inputs()}
-    mask = inputs.pop(told.mask or MASK, None)
-    ids, *past = inputs.values()
-    logits, *present = session.get_outputs()
-    layers = len(told.shapes)
-    if len(past) != 2 * layers or len(present) != 2 * layers or (told.mask and mask is None):
-        raise NotADecoderFolder(
-            "the model does not have the inputs and outputs that the manifest describes",
-            where=str(told.path / MODEL),
-            expected=f"token ids, {2 * layers} of the cache, mask {told.mask}",
-            found=f"inputs {', '.join(inputs)}; outputs {1 + len(present)}",
-            fix="export the model again",
-        )
-    shapes = [(heads, width) for heads, *widths in told.shapes for width in widths]
-    ports = CachePorts(
-        [port.name for port in past],
-        [port.name for port in present],
-        shapes,
-        _DTYPES[past[0].type] if past else np.float32,
-    )
-    return ids, mask, logits, ports

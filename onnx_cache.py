@@ -51,6 +51,10 @@ class OnnxCache(Protocol):
         """Only the first `length` tokens count from now on."""
         ...
 
+    def select(self, begin: int, places: Sequence[int]) -> None:
+        """The first `begin` tokens stay, and after them the tokens `begin + place` for places."""
+        ...
+
 
 class SharedCache:
     """One buffer for past and present: attention appends to it in place; going back is free."""
@@ -83,6 +87,11 @@ class SharedCache:
     def rewind(self, length: int) -> None:
         pass
 
+    def select(self, begin: int, places: Sequence[int]) -> None:
+        chosen = [begin + place for place in places]
+        for buffer in self._buffers:
+            buffer[:, :, begin : begin + len(chosen)] = buffer[:, :, chosen]
+
     def _grow(self, length: int, total: int) -> None:
         wanted = max(total, 2 * self.capacity, FIRST_CAPACITY)
         if self._context is not None:
@@ -112,7 +121,14 @@ class GrowingCache:
 
     def rewind(self, length: int) -> None:
         if length == 0:
-            arrays = self._ports.empty(0)
+            self._keep_arrays(self._ports.empty(0))
         else:
-            arrays = [np.ascontiguousarray(v.numpy()[:, :, :length]) for v in self._values]
-        self._values = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays]
+            self._keep_arrays([value.numpy()[:, :, :length] for value in self._values])
+
+    def select(self, begin: int, places: Sequence[int]) -> None:
+        chosen = [*range(begin), *(begin + place for place in places)]
+        self._keep_arrays([value.numpy()[:, :, chosen] for value in self._values])
+
+    def _keep_arrays(self, arrays: Sequence[np.ndarray]) -> None:
+        whole = [np.ascontiguousarray(array) for array in arrays]
+        self._values = [ort.OrtValue.ortvalue_from_numpy(array) for array in whole]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,12 @@ from hypothesis import strategies as st
 from planish.decode_onnx import OnnxDecoder
 from planish.decode_program import ProgramDecoder
 from planish.decoder_folder import NotADecoderFolder
+from planish.decoder_source import DecoderSource
 from planish.generator import Generator
 from planish.ir.errors import PlanishError, TextTooLong, UnknownOption, WrongInput, WrongOption
+from planish.passes.add_tree_mask import AddTreeMask
+from planish.passes.pipeline import Pipeline
+from planish.recipes import find_recipe
 from planish.stopping import StopText
 from planish.tokenizer import TextStream, Tokenizer
 
@@ -93,6 +96,28 @@ def test_the_decoder_equals_the_program(base: Path, form: str, rows: int) -> Non
     close(decoder.advance(ids), whole)
 
 
+def test_a_tree_is_what_the_program_makes_of_it(base: Path) -> None:
+    """A folder with the inputs of add_tree_mask: all branches, and the text after one of them."""
+    program = Pipeline([AddTreeMask()]).run(tiny.program())
+    folder = base / "tree"
+    planish.Optimized(program, find_recipe("exact"), source=DecoderSource()).export(folder)
+    found, wanted = OnnxDecoder(folder, threads=1), ProgramDecoder(program)
+    ids, parents = [9, 30, 31, 40, 41, 50], [-1, 0, 0, 1, 2, 2]
+    for text in (IDS, [77]):
+        for decoder in (found, wanted):
+            decoder.advance(text)
+        ours, theirs = (decoder.advance_tree(ids, parents) for decoder in (found, wanted))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5 * float(theirs.abs().max()))
+        for decoder in (found, wanted):
+            decoder.keep_branch([0, 2, 5])
+        assert found.length == wanted.length
+        ours, theirs = (decoder.advance([12, 13]) for decoder in (found, wanted))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5 * float(theirs.abs().max()))
+    chain = OnnxDecoder(tiny.exported(base), threads=1)
+    with pytest.raises(NotADecoderFolder, match="cannot look at a tree of tokens"):
+        chain.advance_tree([5], [-1])
+
+
 def test_a_long_text_goes_in_pieces(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.randint(3, 200, (tiny.CONTEXT,)).tolist()
     for form in FORMS:
@@ -118,6 +143,16 @@ def test_a_shared_cache_stays_in_its_buffers(base: Path) -> None:
         assert now is buffer and now.shape[2] == tiny.CONTEXT
         assert np.array_equal(now[:, :, : len(IDS)], old[:, :, : len(IDS)])
         assert not np.array_equal(now[:, :, len(IDS)], old[:, :, len(IDS)])
+
+
+def test_a_branch_of_shared_buffers_is_moved_in_place(base: Path) -> None:
+    decoder = OnnxDecoder(tiny.exported(base), threads=1)
+    decoder.advance(IDS)
+    cache: Any = decoder._cache
+    before = [buffer.copy() for buffer in cache._buffers]
+    cache.select(2, [0, 2, 4])
+    for now, old in zip(cache._buffers, before, strict=True):
+        assert np.array_equal(now[:, :, :5], old[:, :, [0, 1, 2, 4, 6]])
 
 
 def test_rows_of_a_batch_are_texts_of_their_own(generator: Generator) -> None:
@@ -157,7 +192,7 @@ def test_the_context_ends_the_text(generator: Generator) -> None:
         generator.generate([*full, 5])
 
 
-def test_an_empty_prompt_begins_with_the_begin_token(generator: Generator, base: Path) -> None:
+def test_an_empty_prompt_begins_with_the_begin_token(generator: Generator) -> None:
     wanted = tiny.greedy([tiny.BEGIN], 6)
     assert generator.generate([], max_new_tokens=6) == wanted
     assert generator.generate("", max_new_tokens=6) == wanted
@@ -190,16 +225,6 @@ def test_refusals_are_one_sentence(generator: Generator, base: Path) -> None:
     ]:
         refused(error, sentence, call)
     assert bare.generate(IDS, max_new_tokens=4) == tiny.greedy(IDS, 4)
-
-
-def test_a_model_that_is_not_what_the_manifest_says(base: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "mixed"
-    shutil.copytree(tiny.exported(base), folder)
-    shutil.copyfile(tiny.exported(base, "growing") / "model.onnx", folder / "model.onnx")
-    manifest = (folder / "planish.json").read_text().replace('"layers": 2', '"layers": 2')
-    (folder / "planish.json").write_text(manifest.replace('"bytes"', '"size"'))
-    with pytest.raises((NotADecoderFolder, PlanishError)):
-        Generator(folder).generate(IDS)
 
 
 # text ---------------------------------------------------------------------------------------
