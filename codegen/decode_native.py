@@ -28,6 +28,7 @@ class Room(Protocol):
     """What a match may ask of the plan under construction."""
 
     few: bool
+    rounded: bool
 
     def place(self, value: Any) -> Place | None:
         """The value's place, loaded into a buffer if torch computed it; None if it has none."""
@@ -99,6 +100,7 @@ def _linear(site: Site, room: Room) -> Place | None:
     codes = given["codes"]
     inputs = [x, codes, given["scale"], given["zero"], given["bias"]]
     sizes = [given["rows"], given["length"], given["group"], codes.stride(0), given["width"]]
+    sizes.append(int(room.rounded))
     room.native(Kind.LINEAR, inputs, out, sizes)
     return out
 

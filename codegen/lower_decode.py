@@ -89,17 +89,18 @@ def most_rows(program: Program) -> int | None:
     return None if size == many else int(size)
 
 
-def lower_plan(program: Program, few: bool) -> Plan:
+def lower_plan(program: Program, few: bool, rounded: bool = False) -> Plan:
     """The plan of a program whose weights are packed (lower_cpu.py), for one text.
 
-    few: for a few tokens at a time, so that dense products also run in C. Raises CannotDecode.
+    few: for a few tokens at a time, so that dense products also run in C. rounded: activations of
+    more than eight tokens are rounded to 8 bits before packed products. Raises CannotDecode.
     """
-    return _Lowering(program, few).run()
+    return _Lowering(program, few, rounded).run()
 
 
 class _Lowering:
-    def __init__(self, program: Program, few: bool) -> None:
-        self.program, self.few = program, few
+    def __init__(self, program: Program, few: bool, rounded: bool) -> None:
+        self.program, self.few, self.rounded = program, few, rounded
         self.plan = Plan()
         self.values: dict[Node, Any] = {}
         self.loaded: dict[int, Place] = {}
@@ -139,7 +140,7 @@ class _Lowering:
             return self._attention(node)
         self._refuse_caches(node, args, kwargs)
         if node.target is operator.getitem and isinstance(args[0], list):
-            return args[0][args[1]]
+            return args[0][args[1]]  # type: ignore[index]
         if node.target is _ATEN.dropout.default:
             return args[0]
         return self._place(node, args, kwargs) or self._torch(node, args, kwargs)
@@ -152,7 +153,7 @@ class _Lowering:
     def _place(self, node: Node, args: Any, kwargs: Any) -> Any:
         """A view of a place, or what native steps compute; None if torch must."""
         if _looks(node.target):
-            found = viewed(node.target, args, kwargs, _sized)
+            found = viewed(node.target, args, kwargs, _sized)  # type: ignore[arg-type]
             if found is not None:
                 return found
         value = node.meta["val"]
@@ -371,14 +372,16 @@ def _symbols(program: Program) -> _Symbols:
             found=", ".join(node.name for node in ids),
             fix="capture the model from input_ids alone, then insert the cache",
         )
-    past = [n.meta["val"].shape[2] for n in program.inputs if _PAST.fullmatch(n.name)]
-    if not isinstance(value.shape[1], torch.SymInt):
+    past: list[Any] = [n.meta["val"].shape[2] for n in program.inputs if _PAST.fullmatch(n.name)]
+    rows, tokens = (
+        size.node.expr if isinstance(size, torch.SymInt) else size for size in value.shape
+    )
+    if isinstance(tokens, int):
         raise CannotDecode(
-            "the number of tokens is fixed", expected="a free size", found=str(value.shape[1])
+            "the number of tokens is fixed", expected="a free size", found=str(tokens)
         )
-    batch = [value.shape[0].node.expr] if isinstance(value.shape[0], torch.SymInt) else []
     kept = dict.fromkeys(size.node.expr for size in past)
-    return _Symbols(value.shape[1].node.expr, tuple(batch), tuple(kept))
+    return _Symbols(tokens, () if isinstance(rows, int) else (rows,), tuple(kept))
 
 
 def _tokens_alone(tokens: int, past: int) -> int:

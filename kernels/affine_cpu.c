@@ -14,9 +14,9 @@
 int planish_linear_affine(const float *x, const uint8_t *codes, const float *scale,
                           const float *zero, const float *bias, float *y, int64_t tokens,
                           int64_t rows, int64_t length, int64_t group, int64_t tile_bytes,
-                          int64_t bits, int64_t threads) {
+                          int64_t bits, int64_t rounded, int64_t threads) {
   const Linear a = {x,    codes,  scale, zero,  bias,       y,
-                    tokens, rows, length, group, tile_bytes, bits};
+                    tokens, rows, length, group, tile_bytes, bits, rounded};
   const int64_t size = affine_scratch(&a);
   float *scratch = size ? malloc(size * sizeof(float)) : 0;
   if (size && !scratch) return 1;

@@ -53,6 +53,7 @@ typedef struct {
   const float *bias;    /* [N] or NULL */
   float *y;             /* [tokens, N] */
   int64_t tokens, rows, length, group, tile_bytes, bits;
+  int64_t rounded; /* activations of many tokens may be rounded to 8 bits */
 } Linear;
 
 /* ---- registers ---- */

@@ -91,14 +91,10 @@ def attention_decode(
     queries, heads, head = q.shape
     q = q.contiguous()
     out = torch.empty(queries, heads, value_head)
-    step = record(
-        Kind.ATTENTION,
-        [q.data_ptr(), None if sinks is None else sinks.data_ptr()],
-        out.data_ptr(),
-        [heads * head, head, heads * value_head, value_head]
-        + [heads, tiles.shape[0], head, value_head, 0, window],
-        [scale, softcap],
-    )
+    strides = [heads * head, head, heads * value_head, value_head]
+    sizes = [heads, tiles.shape[0], head, value_head, 0, window]
+    given = [q.data_ptr(), None if sinks is None else sinks.data_ptr()]
+    step = record(Kind.ATTENTION, given, out.data_ptr(), [*strides, *sizes], [scale, softcap])
     caches = (ctypes.c_void_p * 2)(tiles.data_ptr(), rows.data_ptr())
     seen = None if mask is None else mask.contiguous()
     call = CallRecord(0, queries, length - queries, rows.shape[1], queries)

@@ -148,6 +148,7 @@ def _launch(
         group,
         codes.stride(0),
         width,
+        0,
         torch.get_num_threads(),
     )
     if failed:
@@ -163,7 +164,7 @@ def _function() -> ctypes._NamedFuncPointer:
         built = native.library(SOURCE)
         assert isinstance(built, ctypes.CDLL), built
         function = built.planish_linear_affine
-        function.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 7
+        function.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 8
         _found.append(function)
     return _found[0]
 

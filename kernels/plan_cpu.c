@@ -45,7 +45,7 @@ static Linear linear_of(const Step *s, const Call *c) {
   const int64_t *n = s->size;
   const Linear a = {(const float *)s->in[0] + c->first * n[1], s->in[1], s->in[2], s->in[3],
                     s->in[4], (float *)s->out + c->first * n[0], c->tokens, n[0], n[1], n[2],
-                    n[3], n[4]};
+                    n[3], n[4], n[5]};
   return a;
 }
 

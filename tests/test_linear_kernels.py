@@ -12,7 +12,7 @@ from planish.ir.encoded import Encoded
 from planish.ir.errors import UnsupportedShape, WrongOption
 from planish.ir.formats import AffineInt
 from planish.ir.interleaved import Interleaved
-from planish.kernels import native
+from planish.kernels import native, plan_cpu
 from planish.kernels.catalog import kernels
 from planish.kernels.linear_affine import (
     SOURCE,
@@ -301,3 +301,44 @@ def test_catalog_and_cost() -> None:
     one = cost(tokens=1, rows=10, length=64, width=4, group=32, zeros=False)
     assert one.nbytes == 10 * (32 + 8) + 4 * 74
     assert one.flops == 2 * 640
+
+
+@needs_compiler
+@given(
+    formats,
+    st.integers(1, 50),
+    st.integers(1, 200),
+    st.sampled_from([9, 12, 13, 31]),
+    st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_rounded_activations_are_the_nearest_of_255_steps(
+    fmt: AffineInt, rows: int, length: int, tokens: int, with_bias: bool
+) -> None:
+    """As the product with inputs that were rounded by hand, by blocks of at most 64 columns."""
+    encoded, x = weight(rows, length, fmt), inputs(tokens, length)
+    x[0] = 0
+    bias = inputs(1, rows, seed=2)[0] if with_bias else None
+    packed = pack(encoded)
+    nearest = x.double()
+    for group in range(0, length, packed.group):
+        for start in range(group, min(group + packed.group, length), _BLOCK):
+            block = slice(start, min(start + _BLOCK, group + packed.group, length))
+            largest = x[:, block].abs().amax(-1, keepdim=True)
+            steps = torch.round(x[:, block] * (127 / largest)).double()
+            nearest[:, block] = (steps * (largest / 127).double()).nan_to_num()
+    got = torch.empty(tokens, rows)
+    step = plan_cpu.record(
+        plan_cpu.Kind.LINEAR,
+        [
+            part if part is None else part.data_ptr()
+            for part in (x, packed.codes, packed.scale, packed.zero, bias)
+        ],
+        got.data_ptr(),
+        [rows, length, packed.group, packed.codes.stride(0), packed.width, 1],
+    )
+    call = plan_cpu.CallRecord(0, tokens, 0, 32, tokens)
+    plan_cpu.run_steps((plan_cpu.StepRecord * 1)(step), 1, call, 2)
+    rounded = (got - exact(nearest, encoded, bias)).abs() <= bound(nearest.float(), encoded, bias)
+    plain = (got - exact(x, encoded, bias)).abs() <= bound(x, encoded, bias)
+    assert rounded.all() or plain.all()  # the latter on a processor without products of bytes
