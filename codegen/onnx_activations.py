@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .onnx_builder import BOOL, Value
+from .onnx_builder import BOOL, CONTRIB, FLOAT, Value
 from .onnx_call import Call, Table
 
 
@@ -18,6 +18,9 @@ def _softplus(call: Call) -> Value:
 def activate(call: Call, x: Value, activation: str) -> Value:
     """The activation functions of gated MLPs (see planish::gated)."""
     match activation:
+        case "silu" | "quick_gelu" if call.b.options.contrib and x.dtype == FLOAT:
+            alpha = 1.0 if activation == "silu" else 1.702
+            return call.op("QuickGelu", x, domain=CONTRIB, alpha=alpha)
         case "silu":
             return call.op("Mul", x, call.op("Sigmoid", x))
         case "gelu":

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from ..ir.ops import LOWEST
-from .onnx_builder import BOOL, INT32, INT64, Value
+from .onnx_builder import BOOL, INT32, Value
 from .onnx_call import Call, Table
+from .onnx_masks import attention_mask, whole_mask
 from .onnx_shape_ops import expand, reshape
-from .onnx_sizes import Size, size_list, size_scalar, sizes
+from .onnx_sizes import Size, size_list
 
 
 def _sdpa(call: Call) -> Value | None:
@@ -29,39 +29,21 @@ def _sdpa(call: Call) -> Value | None:
     scale = call["scale"]
     if scale is None:
         scale = 1 / math.sqrt(int(call.shape_of("query")[-1]))
-    mask = _mask(call, "attn_mask", "query", "key")
+    mask = whole_mask(call, "attn_mask", *(call.shape_of(name)[-2] for name in ("query", "key")))
     # Both ONNX and this operator count a causal mask from the first key.
     causal = int(call["is_causal"])
     inputs = [call.value(name) for name in ("query", "key", "value")]
     return call.op("Attention", *inputs, mask, scale=float(scale), is_causal=causal)
 
 
-def _mask(call: Call, name: str, query: str, key: str) -> Value | None:
-    """The mask with its last two axes whole, which onnxruntime asks for."""
-    node = call[name]
-    if node is None:
-        return None
-    have = sizes(node.meta["val"].shape)
-    ends = [call.shape_of(query)[-2], call.shape_of(key)[-2]]
-    wanted = [*have[:-2], *ends]
-    kind = BOOL if node.meta["val"].dtype.itemsize == 1 else call.dtype
-    value = call.value(name, kind)
-    if len(have) >= 2 and have == wanted:
-        return value
-    key_ = ("mask", value, tuple(wanted))
-    return call.b.once(key_, lambda: expand(call.b, value, have, wanted))
-
-
 def _attention(call: Call) -> Value:
     """planish::attention on [batch, heads, length, head]."""
     queries, keys = call.shape_of("q")[-2], call.shape_of("k")[-2]
-    causal, window = bool(call["causal"]), int(call["window"])
     plain = not call["softcap"] and call["sinks"] is None
-    if plain and causal and queries == keys and not window and call["mask"] is None:
+    alone = call["causal"] and not call["window"] and call["mask"] is None
+    if plain and alone and queries == keys:
         return _onnx_attention(call, None, causal=1)
-    mask = _mask(call, "mask", "q", "k")
-    seen = _visible(call, queries, keys, causal, window) if causal or window else None
-    mask = _joined(call, mask, seen)
+    mask = attention_mask(call, queries, keys)
     return _onnx_attention(call, mask) if plain else _spelled_out(call, mask)
 
 
@@ -69,51 +51,6 @@ def _onnx_attention(call: Call, mask: Value | None, causal: int = 0) -> Value:
     inputs = [call.value(name) for name in ("q", "k", "v")]
     more: dict[str, Any] = {"scale": float(call["scale"]), "is_causal": causal}
     return call.op("Attention", *inputs, *([] if mask is None else [mask]), **more)
-
-
-def _visible(call: Call, queries: Size, keys: Size, causal: bool, window: int) -> Value:
-    """bool [queries, keys]: the last query sits at the last key."""
-    b = call.b
-
-    def make() -> Value:
-        zero, one = b.constant(0, INT64), b.constant(1, INT64)
-        key = b.op("Range", zero, size_scalar(b, keys), one, dtype=INT64)
-        last = b.op("Range", zero, size_scalar(b, queries), one, dtype=INT64)
-        last = b.op("Unsqueeze", last, b.ints([1]))
-        if queries != keys:
-            ends = [size_scalar(b, length) for length in (keys, queries)]
-            last = b.op("Add", last, b.op("Sub", *ends))
-        seen: Value | None = None
-        if causal:
-            seen = b.op("LessOrEqual", key, last, dtype=BOOL)
-        if window:
-            oldest = b.op("Sub", last, b.constant(window, INT64))
-            recent = b.op("Greater", key, oldest, dtype=BOOL)
-            seen = recent if seen is None else b.op("And", seen, recent)
-        assert seen is not None
-        return seen
-
-    return b.once(("visible", queries, keys, causal, window), make)
-
-
-def _joined(call: Call, mask: Value | None, seen: Value | None) -> Value | None:
-    """One mask of both; see `uniform_if_blind` of planish::attention."""
-    b, uniform = call.b, bool(call["uniform_if_blind"])
-    low = max(LOWEST, torch.finfo(call.meta.dtype).min) if uniform else -math.inf
-    hidden = b.constant(low, call.dtype)
-
-    def make() -> Value | None:
-        if mask is not None and mask.dtype != BOOL:
-            kept = b.op("Max", mask, hidden) if uniform else mask
-            return kept if seen is None else b.op("Where", seen, kept, hidden, dtype=call.dtype)
-        both = mask or seen
-        if mask is not None and seen is not None:
-            both = b.op("And", mask, seen)
-        if both is None or not uniform:
-            return both
-        return b.op("Where", both, b.constant(0, call.dtype), hidden, dtype=call.dtype)
-
-    return b.once(("joined", mask, seen, uniform), make)
 
 
 def _spelled_out(call: Call, mask: Value | None) -> Value:

@@ -18,7 +18,7 @@ from torch import fx
 from ..ir.edit import Editor
 from ..ir.program import Node, Program
 from .onnx_builder import INT32, INT64, Builder, Value
-from .onnx_group_query import find_cached, lower_group_query, why_not
+from .onnx_group_query import Cached, find_cached, lower_group_query, why_not
 from .onnx_positions import Lengths, RotaryTables
 from .onnx_sizes import Size, size, size_vector
 
@@ -32,14 +32,15 @@ class Decoder:
     """The cache of one program as its inputs and outputs.
 
     past: the placeholders (key, value) of each layer; the program's last results are its present.
-    new, total: how many tokens a call brings, and how many there are with it. context: the most
-    tokens, None where nothing limits them.
+    new, old: how many tokens a call brings, and how many the cache holds. context: the most
+    tokens, None where nothing limits them. mask: the input of ones over both, if there is one.
     """
 
     past: tuple[tuple[Node, Node], ...]
     new: Size
     old: Size
     context: int | None
+    mask: str | None = None
     shared: bool = False
 
     @property
@@ -59,7 +60,8 @@ class Decoder:
 
 def find_decoder(program: Program) -> Decoder | None:
     """The cache of a program: one past_key_i and past_value_i for each layer, and nothing else."""
-    if not program.metadata.get("cache"):
+    cache: Any = program.metadata.get("cache")
+    if not isinstance(cache, dict) or cache.get("form") != "growing":
         return None
     named = {node.name: node for node in program.inputs}
     count = sum(name.startswith("past_key_") for name in named)
@@ -70,10 +72,10 @@ def find_decoder(program: Program) -> Decoder | None:
     present = program.results[-len(wanted) :]
     if not all(isinstance(node, fx.Node) and node.meta["val"].dim() == 4 for node in present):
         return None
-    cache = program.metadata["cache"]
-    context = cache.get("context") if isinstance(cache, dict) else None
-    old, total = (size(node.meta["val"].shape[2]) for node in (nodes[0], present[0]))
-    return Decoder(tuple(zip(nodes[::2], nodes[1::2], strict=True)), total - old, old, context)  # type: ignore[arg-type]
+    old = size(nodes[0].meta["val"].shape[2])
+    new = size(program.inputs[0].meta["val"].shape[-1])
+    pairs = tuple(zip(nodes[::2], nodes[1::2], strict=True))
+    return Decoder(pairs, new, old, cache.get("context"), cache.get("mask"))
 
 
 def share_buffers(program: Program, decoder: Decoder, notes: list[str]) -> Decoder:
@@ -95,7 +97,13 @@ def share_buffers(program: Program, decoder: Decoder, notes: list[str]) -> Decod
         if why:
             notes.append(f"%{name} is turned by nodes of its own: {why}")
     known = context if tables.used else decoder.context
-    return Decoder(decoder.past, decoder.new, decoder.old, known, shared=True)
+    return Decoder(decoder.past, decoder.new, decoder.old, known, MASK, shared=True)
+
+
+def plain_caches(program: Program, decoder: Decoder) -> list[Cached]:
+    """The attentions that only append to their caches."""
+    found = [find_cached(key, value, program.output) for key, value in decoder.past]
+    return [attention for attention in found if not isinstance(attention, str)]
 
 
 def _unnamable(program: Program, decoder: Decoder) -> str:
@@ -103,6 +111,9 @@ def _unnamable(program: Program, decoder: Decoder) -> str:
         return f"the program was captured with an {MASK} of its own"
     if not all(isinstance(length, sympy.Symbol) for length in (decoder.new, decoder.old)):
         return "the lengths of text and past are not free"
+    present = program.results[-2 * len(decoder.past) :]
+    if any(size(node.meta["val"].shape[2]) != decoder.new + decoder.old for node in present):
+        return "not every layer keeps the whole text"
     return ""
 
 
@@ -135,7 +146,7 @@ def manifest_section(program: Program, decoder: Decoder) -> dict[str, Any]:
         "layers": len(decoder.past),
         "shapes": [[int(k.shape[1]), int(k.shape[3]), int(v.shape[3])] for k, v in values],
         "dtype": str(values[0][0].dtype).removeprefix("torch."),
-        "mask": MASK if decoder.shared else None,
+        "mask": decoder.mask,
         "context": decoder.context,
         "vocabulary": int(logits.shape[-1]),
         "logits": "all" if counted == 1 << 30 else counted,

@@ -82,22 +82,46 @@ def _group_query(
     return _flat(found), keys, values
 
 
-def _multi_head(
+def _flat_rotary(
+    x: Tensor, cos: Tensor, sin: Tensor, heads: int, interleaved: bool = False
+) -> Tensor:
+    """planish::rotary of every head. x: [batch, length, heads * head]."""
+    return _flat(torch.ops.planish.rotary(_heads(x, heads), cos, sin, interleaved))
+
+
+def _flat_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     mask: Tensor | None = None,
+    past_key: Tensor | None = None,
+    past_value: Tensor | None = None,
     *,
     heads: int,
+    kv_heads: int,
     scale: float,
     causal: bool = False,
-) -> Tensor:
-    """Attention without a cache: q [batch, queries, heads * head], k, v [batch, keys, ...].
+    window: int = 0,
+    softcap: float = 0.0,
+    uniform_if_blind: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """planish::attention that may keep keys and values, heads beside one another or apart.
 
-    mask is added to the scores, [batch or 1, heads or 1, queries, keys].
+    q: [batch, queries, heads * head] or [batch, heads, queries, head], k and v likewise with
+    kv_heads. past_key, past_value: [batch, kv_heads, past, head], put before k and v. Returns the
+    values in q's form, and all keys and values [batch, kv_heads, past + queries, head].
     """
-    parts = (_heads(x, heads) for x in (q, k, v))
-    return _flat(torch.ops.planish.attention(*parts, mask, scale=scale, causal=causal))
+    flat = q.dim() == 3
+    query = _heads(q, heads) if flat else q
+    keys, values = (_heads(x, kv_heads) if flat else x for x in (k, v))
+    if past_key is not None and past_value is not None:
+        keys, values = torch.cat([past_key, keys], 2), torch.cat([past_value, values], 2)
+    more = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
+    found = torch.ops.planish.attention(
+        query, keys, values, mask, **more, uniform_if_blind=uniform_if_blind
+    )
+    found = _flat(found) if flat else found
+    return (found, keys, values) if past_key is not None else (found, keys.clone(), values.clone())
 
 
 def _define() -> None:
@@ -110,8 +134,12 @@ def _define() -> None:
         "Tensor? cos=None, Tensor? sin=None, Tensor? mask=None, Tensor? sinks=None, *, int heads, "
         "int kv_heads, float scale, int window=0, float softcap=0.0, bool interleaved=False) "
         "-> (Tensor, Tensor, Tensor)": _group_query,
-        "multi_head(Tensor q, Tensor k, Tensor v, Tensor? mask=None, *, int heads, float scale, "
-        "bool causal=False) -> Tensor": _multi_head,
+        "flat_rotary(Tensor x, Tensor cos, Tensor sin, int heads, bool interleaved=False) "
+        "-> Tensor": _flat_rotary,
+        "flat_attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? past_key=None, "
+        "Tensor? past_value=None, *, int heads, int kv_heads, float scale, bool causal=False, "
+        "int window=0, float softcap=0.0, bool uniform_if_blind=False) "
+        "-> (Tensor, Tensor, Tensor)": _flat_attention,
     }
     for schema, meaning in definitions.items():
         _LIBRARY.define(schema)
@@ -122,4 +150,5 @@ _define()
 SKIP_RMS_NORM = torch.ops.planish_onnx.skip_rms_norm.default
 SKIP_LAYER_NORM = torch.ops.planish_onnx.skip_layer_norm.default
 GROUP_QUERY = torch.ops.planish_onnx.group_query.default
-MULTI_HEAD = torch.ops.planish_onnx.multi_head.default
+FLAT_ROTARY = torch.ops.planish_onnx.flat_rotary.default
+FLAT_ATTENTION = torch.ops.planish_onnx.flat_attention.default

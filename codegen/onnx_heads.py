@@ -35,16 +35,27 @@ def merged(editor: Editor, node: Node) -> Node:
     return editor.emit(_ATEN.reshape.default, apart, [_size(editor, apart, 0), -1, heads * head])
 
 
+def moves_back(node: Node) -> bool:
+    """Whether `merged` has no axes to move: the heads of the value come beside one another."""
+    inner = node.args[0] if node.args else None
+    return _swaps_heads(node) or _is_norm_of_heads(node, inner)
+
+
+def _is_norm_of_heads(node: Node, inner: Any) -> bool:
+    if node.target not in _NORMS or len(node.users) != 1 or not _swaps_heads(inner):
+        return False
+    is_rms = node.target is not _ATEN.layer_norm.default
+    return is_rms or len(bound_arguments(node)["normalized_shape"]) == 1
+
+
 def _by_length(editor: Editor, node: Node) -> Node:
     """[batch, heads, length, head] as [batch, length, heads, head]; norms of heads go along."""
     if _swaps_heads(node):
         return node.args[0]  # type: ignore[return-value]
     inner = node.args[0] if node.args else None
-    if node.target in _NORMS and len(node.users) == 1 and _swaps_heads(inner):
-        arguments = bound_arguments(node)
-        if node.target is not _ATEN.layer_norm.default or len(arguments["normalized_shape"]) == 1:
-            source: Any = inner.args[0]  # type: ignore[union-attr]
-            return editor.emit(node.target, source, *node.args[1:], **node.kwargs)
+    if _is_norm_of_heads(node, inner):
+        source: Any = inner.args[0]  # type: ignore[union-attr]
+        return editor.emit(node.target, source, *node.args[1:], **node.kwargs)
     return editor.emit(_ATEN.transpose.int, node, 1, 2)
 
 

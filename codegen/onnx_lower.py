@@ -1,6 +1,6 @@
 """Lowering for ONNX: a copy of the program in the operations of which onnxruntime makes one node.
 
-Profile standard needs none of it; there every operation is written as ONNX itself knows it.
+Profile standard is lowered to ONNX's own operators only, profile ort to onnxruntime's as well.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from ..ir.edit import Editor
 from ..ir.program import Program
 from .onnx_builder import Options
-from .onnx_decoder import Decoder, find_decoder, share_buffers
+from .onnx_decoder import Decoder, find_decoder, plain_caches, share_buffers
+from .onnx_flat_attention import lower_flat_attention
 from .onnx_skip_norm import fuse_skip_norms
+from .onnx_splits import join_slices
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,13 @@ def lower(program: Program, options: Options) -> Lowered:
     notes: list[str] = []
     decoder = find_decoder(program)
     editor = Editor(program)
+    if options.contrib and decoder is not None:
+        decoder = share_buffers(program, decoder, notes)
+    cached = [] if decoder is None or decoder.shared else plain_caches(program, decoder)
+    lower_flat_attention(program, editor, cached, softcap=options.contrib)
     if options.contrib:
-        if decoder is not None:
-            decoder = share_buffers(program, decoder, notes)
         fuse_skip_norms(program, editor)
+    editor.sweep()
+    join_slices(program, editor)
     editor.sweep()
     return Lowered(program, decoder, notes)

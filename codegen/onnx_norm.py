@@ -8,6 +8,7 @@ import torch
 from .onnx_builder import Value
 from .onnx_call import Call, Table
 from .onnx_shape_ops import expand, reshape
+from .onnx_sizes import Size
 from .onnx_weights import is_weight, shifted_weight
 
 
@@ -79,18 +80,18 @@ def _rotary(call: Call) -> Value | None:
     for_all_heads = all(length == 1 for length in cos[-3:-2])
     if len(x) != 4 or len(cos) < 2 or not for_all_heads or not isinstance(cos[-1], int):
         return None
-    tables = [_table(call, name) for name in ("cos", "sin")]
+    tables = [rotary_table(call, name, x[0], x[2]) for name in ("cos", "sin")]
     more = {"interleaved": int(call["interleaved"])}
     if 2 * cos[-1] != x[-1]:
         more["rotary_embedding_dim"] = 2 * cos[-1]
     return call.op("RotaryEmbedding", call.value("x"), *tables, **more)
 
 
-def _table(call: Call, name: str) -> Value:
+def rotary_table(call: Call, name: str, rows: Size, length: Size) -> Value:
     """The angles as [batch, length, half], which the op wants whole."""
-    x, have = call.shape_of("x"), call.shape_of(name)
+    have = call.shape_of(name)
     value = call.value(name, call.dtype)
-    wanted = [x[0], x[2], have[-1]]
+    wanted = [rows, length, have[-1]]
     batch = have[0] if len(have) == 4 else 1
 
     def make() -> Value:

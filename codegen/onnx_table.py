@@ -9,6 +9,7 @@ from . import (
     onnx_activations,
     onnx_attention,
     onnx_create,
+    onnx_flat_attention,
     onnx_group_query,
     onnx_index,
     onnx_logic,
@@ -32,6 +33,7 @@ TABLE: Table = (
     | onnx_norm.TABLE
     | onnx_matmul.TABLE
     | onnx_attention.TABLE
+    | onnx_flat_attention.TABLE
     | onnx_group_query.TABLE
     | onnx_skip_norm.TABLE
 )
