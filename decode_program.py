@@ -93,6 +93,15 @@ class ProgramDecoder:
                 expected=f"0 to {self._length} tokens",
                 found=str(length),
             )
+        cache = self.program.metadata.get("cache")
+        goes_back = cache.get("rewind", True) if isinstance(cache, dict) else True
+        if not goes_back and length < self._length:
+            raise NotADecoder(
+                "the cache of this program cannot go back: it drops or merges what it held",
+                expected=f"to keep all {self._length} tokens",
+                found=f"a rewind to {length}",
+                fix="decode without drafts, or leave the cache policy out of the recipe",
+            )
         self._past = [kept[:, :, :length] for kept in self._past]
         self.extra = [v[: max(0, len(v) - self._length + length)] for v in self.extra]
         self._length = length
