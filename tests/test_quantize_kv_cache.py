@@ -80,7 +80,6 @@ CASES = [
     ("gemma2", "eager", "int8"),
     ("llama", "sdpa", "kivi2"),
     ("gpt2", "sdpa", "kivi4"),
-    ("mistral", "sdpa", "kivi4"),
 ]
 
 
@@ -117,7 +116,7 @@ def test_int8_is_the_same_in_whatever_pieces_and_batches_the_text_comes() -> Non
 
 
 def test_old_codes_pass_through_untouched() -> None:
-    for step, kept in ((QuantizeKvCache(), (2,) * 4), (QuantizeKvCache(4, 5, 5), (2, 2, 2, 9))):
+    for step, kept in ((QuantizeKvCache(), (2,) * 4), (QuantizeKvCache(2, 5, 10), (2, 2, 2, 9))):
         program = with_cache("llama", "sdpa", step)
         ids = tokens(2, 13)
         _, *past = run(program, [ids[:, :12], *empty_past(program, 2)])
@@ -156,7 +155,7 @@ def test_kivi_keeps_groups_and_the_latest() -> None:
 
 
 def test_more_bits_lose_less_and_the_history_says_so() -> None:
-    steps = [QuantizeKvCache(2, 5, 5), QuantizeKvCache(4, 5, 5), QuantizeKvCache()]
+    steps = [QuantizeKvCache(2, 5, 10), QuantizeKvCache(4, 5, 10), QuantizeKvCache()]
     records = [with_cache("llama", "sdpa", s).history.records[-1] for s in steps]
     ratios = [record.measured[0].after for record in records]
     assert ratios[0] < ratios[1] < ratios[2] < records[0].measured[0].before
@@ -164,22 +163,25 @@ def test_more_bits_lose_less_and_the_history_says_so() -> None:
 
 
 def test_a_half_precision_model_keeps_float32_scales() -> None:
+    """What it loses is at most its own rounding and what the float32 model loses."""
     model = model_of("llama", "sdpa").bfloat16()
     plain = capture_module(model, (), {"input_ids": tokens(2, 12)})
     whole = Pipeline([InsertKvCache()]).run(pipeline("raise").run(plain))
-    for step in (QuantizeKvCache(), QuantizeKvCache(4, 5, 5)):
+    ids, cuts = tokens(2, 24), [14, 19, 24]
+    for step in (QuantizeKvCache(), QuantizeKvCache(4, 5, 10)):
         program = Pipeline([step]).run(whole)
         kinds = {spec.name: spec.dtype for spec in program.input_specs}
         assert kinds["past_key_scale_1"] == torch.float32
         assert kinds.get("past_value_recent_1", torch.bfloat16) == torch.bfloat16
-        ids = tokens(2, 12)
-        exact = run_in_pieces(whole, [ids], [6, 9, 12], float64=True)
-        own = gap(run_in_pieces(whole, [ids], [6, 9, 12]), exact)
-        assert gap(run_in_pieces(program, [ids], [6, 9, 12]), exact) < 2 * own + 0.1
+        exact = run_in_pieces(whole, [ids], cuts, float64=True)
+        own = gap(run_in_pieces(whole, [ids], cuts), exact)
+        wide = run_in_pieces(cached("llama"), [ids], cuts)
+        lost = gap(run_in_pieces(with_cache("llama", "sdpa", step), [ids], cuts), wide)
+        assert gap(run_in_pieces(program, [ids], cuts), exact) < 2 * (own + lost)
 
 
 def test_a_saved_program_is_the_same(tmp_path: object) -> None:
-    for step in (QuantizeKvCache(), QuantizeKvCache(4, 5, 5)):
+    for step in (QuantizeKvCache(), QuantizeKvCache(2, 5, 10)):
         program = with_cache("llama", "sdpa", step)
         folder = tmp_path / step.spelling()  # type: ignore[operator]
         save_program(program, folder)
