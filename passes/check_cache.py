@@ -73,7 +73,9 @@ def _part(node: Node, value: Any, decoder: Decoder, start: int, end: int | None)
 
 
 def fit_to_buffer(node: Node, value: Any, decoder: Decoder, room: int) -> Any:
-    """An input with a value for every place, cut or filled up with ones to `room` places."""
+    """An input for a buffer of `room` places: cut to them, and a mask filled up with ones."""
+    if any(source.name == node.name for source in decoder.tokens):
+        return _part(node, value, decoder, 0, room)
     for source, axis in decoder.totals.items():
         if source.name == node.name and axis is not None:
             cut = value.narrow(axis, 0, min(room, value.shape[axis]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+import cached_decoders
 import pytest
 import torch
 import zoo
@@ -41,6 +42,7 @@ def relative(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted).norm() / wanted.norm())
 
 
+AUTO = torch.export.Dim.AUTO
 GUARD = ("--", "++")
 
 
@@ -56,7 +58,9 @@ def test_what_is_added() -> None:
         "+%past_key_0 : f32[n0, 1, n2, 5]",
         "+%past_value_0 : f32[n0, 1, n2, 7]",
         "+%sym_size_2 = sym_size(%past_key_0, 2) : int n2",
-        "-%places.table = embedding(%places.table.weight, %places.arange) : f32[n1, 15]",
+        "-%places = arange(%sym_size_1, dtype=i64, device=device(type='cpu')) : i64[n1]",
+        "-%places.table = embedding(%places.table.weight, %places) : f32[n1, 15]",
+        "+%places.arange = arange(%sym_size_1, dtype=i64, device=device(type='cpu')) : i64[n1]",
         "+%places.add = add(%places.arange, %sym_size_2) : i64[n1]",
         "+%places.table = embedding(%places.table.weight, %places.add) : f32[n1, 15]",
         "-%attention = attention(%transpose, %unsqueeze, %unsqueeze_1, scale=0.4, causal=True)"
@@ -96,18 +100,10 @@ def small_cache(padded: bool) -> Program:
     return cache(small(padded))
 
 
-@functools.cache
-def from_ids(name: str, attention: zoo.Attention) -> Program:
-    """Raised from a capture by token ids alone, without a padding mask."""
-    made = sample(name, attention)
-    program = capture_module(made.model, (), {"input_ids": made.kwargs["input_ids"]})
-    return pipeline("raise").run(program)
-
-
 @pytest.mark.parametrize(("name", "attention"), [("llama", "sdpa"), ("bloom", "eager")])
 def test_token_ids_alone(name: str, attention: zoo.Attention) -> None:
     """Without a mask input, bloom's bias comes from a counted length."""
-    plain = from_ids(name, attention)
+    plain = cached_decoders.raised(name, attention)
     cached = cache(plain)
     for batch, length in ((1, 21), (3, 14)):
         ids = torch.randint(3, zoo.VOCABULARY, (batch, length))
@@ -119,12 +115,12 @@ def test_token_ids_alone(name: str, attention: zoo.Attention) -> None:
 
 
 def test_it_is_called_with_past_and_returns_the_present() -> None:
-    cached = cache(from_ids("llama", "sdpa"))
+    cached = cache(cached_decoders.raised("llama", "sdpa"))
     ids = torch.randint(3, zoo.VOCABULARY, (2, 6))
     flat = empty_past(cached, 2)
     past = tuple(zip(flat[::2], flat[1::2], strict=True))
     result, present = cached(input_ids=ids, past=past)
-    assert result.logits.shape == (2, 6, zoo.VOCABULARY)
+    assert result["logits"].shape == (2, 6, zoo.VOCABULARY)
     assert [tuple(key.shape) for key, _ in present] == [(2, 2, 6, 10)] * 2
     result, present = cached(input_ids=ids[:, :1], past=present)
     assert present[0][0].shape[2] == 7
@@ -217,6 +213,32 @@ def test_near_misses(name: str) -> None:
     assert told in refusal(raised(make()))
 
 
+class PaddingFromTokens(SmallDecoder):
+    """Token 0 is padding."""
+
+    def forward(self, tokens: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(tokens, tokens != 0)
+
+
+class PairsOfPlaces(SmallDecoder):
+    """With a mask int64[batch, queries, keys]."""
+
+    def forward(self, tokens: Tensor, pairs: Tensor) -> Tensor:  # type: ignore[override]
+        self.visible = lambda query, key: (key <= query) & pairs[:, None].bool()
+        return super().forward(tokens)
+
+
+def test_masks_that_are_not_one_value_for_each_place() -> None:
+    made = capture_module(PaddingFromTokens().eval(), (), {"tokens": tokens()})
+    told = refusal(pipeline("raise").run(made))
+    assert told == "the attention masks are made of the contents of the tokens themselves"
+    inputs = {"tokens": tokens(2, 11), "pairs": torch.ones(2, 11, 11, dtype=torch.int64)}
+    free = {"tokens": dict.fromkeys((0, 1), AUTO), "pairs": dict.fromkeys((0, 1, 2), AUTO)}
+    made = capture_module(PairsOfPlaces().eval(), (), inputs, free)
+    told = refusal(pipeline("raise").run(made))
+    assert told == "the input pairs has a value for every pair of places"
+
+
 def test_an_explicit_mask_that_hides_what_is_to_come() -> None:
     """Causal, but with a hole in it: no formula, so the mask is computed for all keys."""
     plain = raised(SmallDecoder(visible=lambda q, k: (k <= q) & ((k != 2) | (q <= 4))))
@@ -240,3 +262,51 @@ def test_options() -> None:
         InsertKvCache(static=0)
     told = f"buffers for {PLACES + 1} tokens are longer than any text of this model"
     assert told in refusal(small(), InsertKvCache(static=PLACES + 1))
+
+
+def windowed() -> Program:
+    return raised(SmallDecoder(visible=lambda query, key: (key <= query) & (key > query - 4)))
+
+
+def test_rings_alone_take_the_length_as_an_input() -> None:
+    """No layer's past and no mask tells how long the text is."""
+    plain = windowed()
+    cached = cache(plain, InsertKvCache(window="ring"))
+    assert [node.name for node in cached.inputs][-1] == "past_length"
+    ids = tokens(3, 13)
+    wanted = run(plain, [ids], float64=True)[0]
+    past, found = tuple[tuple[Tensor, Tensor], ...](), list[Tensor]()
+    flat = empty_past(cached, 3)
+    assert flat[-1] == 0
+    past = ((flat[0], flat[1]),)
+    for start, end in ((0, 2), (2, 3), (3, 9), (9, 10), (10, 13)):
+        logits, past = cached(tokens=ids[:, start:end], past=past, past_length=start)
+        assert past[0][0].shape[2] == min(end, 3)
+        found.append(logits)
+    own = relative(run(plain, [ids])[0], wanted)
+    assert relative(torch.cat(found, 1), wanted) <= 4 * own
+
+
+@pytest.mark.parametrize("window", ["keep", "ring"])
+def test_buffers_are_called_with_a_position(window: str) -> None:
+    plain = windowed()
+    cached = cache(plain, InsertKvCache(static=17, window=window))
+    ids = tokens(2, 17)
+    wanted = run(plain, [ids], float64=True)[0]
+    own = relative(run(plain, [ids])[0], wanted)
+    *buffers, begin = empty_past(cached, 2)
+    assert begin.dtype == torch.int64 and begin.dim() == 0
+    past, found = ((buffers[0], buffers[1]),), list[Tensor]()
+    for start, end in ((0, 6), (6, 7), (7, 16), (16, 17)):
+        at = torch.tensor(start)
+        logits, past = cached(tokens=ids[:, start:end], past=past, position=at)
+        found.append(logits)
+    assert past[0][0].shape == buffers[0].shape == (2, 1, 17 if window == "keep" else 4, 5)
+    assert relative(torch.cat(found, 1), wanted) <= 4 * own
+
+
+def test_the_examples_of_a_cached_program_run() -> None:
+    for step in (InsertKvCache(), InsertKvCache(static=9), InsertKvCache(static=9, window="ring")):
+        cached = cache(small(True), step)
+        assert len(cached.examples) == len(cached.inputs)
+        run(cached, list(cached.examples))
