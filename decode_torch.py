@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .codegen.decode_plan import BoundPlan, Caches
+from .codegen.decode_plan import BoundPlan, Caches, Tree
 from .codegen.lower_cpu import pack_weights
 from .codegen.lower_decode import CannotDecode, Layer, layers_of, lower_plan, most_rows
 from .ir.errors import TextTooLong, WrongInput, WrongOption
@@ -29,7 +29,7 @@ ROOM = 192
 
 
 class TorchDecoder:
-    """One text (batch 1) under way; a `Decoder`.
+    """One text (batch 1) under way; a `TreeDecoder`.
 
     activations: "float32", or "int8" to compute a prompt faster: in packed products of more than
     eight tokens at once, activations are rounded to 8 bits by blocks of at most 64 channels, where
@@ -54,7 +54,7 @@ class TorchDecoder:
         self._few = BoundPlan(lower_plan(packed, few=True), FEW)
         self._many: BoundPlan | None = None
         self._caches = _empty(self._layers, KEY_BLOCK)
-        self._length = 0
+        self._length = self._tree = 0
         self._most = most_rows(packed)
         self.vocabulary = int(program.results[0].meta["val"].shape[-1])
         cache = program.metadata.get("cache")
@@ -91,9 +91,47 @@ class TorchDecoder:
         ids = torch.tensor([tokens], dtype=torch.int64)
         run = self._plan(len(tokens)).run
         threads = torch.get_num_threads()
-        logits = run(ids, self._length, max(count, 1), self._caches, None, threads)
+        logits = run(ids, self._length, max(count, 1), self._caches, threads)
         self._length += len(tokens)
+        self._tree = 0
         return logits[-max(count, 1) :]
+
+    def advance_tree(self, tokens: Sequence[int], parents: Sequence[int]) -> Tensor:
+        """Logits [len(tokens), vocabulary] of a tree of tokens appended to the text.
+
+        parents[i] < i is the token's parent in the tree, or -1 for a child of the text's last
+        token. A token sees the text and its own ancestors; its position is its depth. Raises
+        TextTooLong and WrongInput.
+        """
+        self._check(tokens)
+        wrong = [i for i, parent in enumerate(parents) if not -1 <= parent < i]
+        if wrong or len(parents) != len(tokens) or len(tokens) > (self._most or ROOM):
+            raise WrongInput(
+                "this is no tree of tokens",
+                expected=f"at most {self._most or ROOM} tokens, each after its parent",
+                found=f"{len(tokens)} tokens with parents {list(parents)}",
+            )
+        self._reserve(self._length + len(tokens))
+        ids = torch.tensor([tokens], dtype=torch.int64)
+        run, threads = self._plan(len(tokens)).run, torch.get_num_threads()
+        tree = Tree.of(parents)
+        logits = run(ids, self._length, len(tokens), self._caches, threads, tree)
+        self._length += len(tokens)
+        self._tree = len(tokens)
+        return logits
+
+    def keep_branch(self, path: Sequence[int]) -> None:
+        """Of the tree just added keep only the tokens `path` (root first) in the cache."""
+        if any(not 0 <= token < self._tree for token in path):
+            raise WrongInput(
+                "the branch is not of the tree that was just added",
+                expected=f"numbers from 0 to {self._tree - 1}" if self._tree else "no tokens",
+                found=str(list(path)),
+            )
+        self._length -= self._tree
+        self._caches.keep(self._length, path)
+        self._length += len(path)
+        self._tree = 0
 
     def rewind(self, length: int) -> None:
         """Forget everything after the first `length` tokens."""
@@ -103,7 +141,7 @@ class TorchDecoder:
                 expected=f"0 to {self._length} tokens",
                 found=str(length),
             )
-        self._length = length
+        self._length, self._tree = length, 0
 
     def _plan(self, tokens: int) -> BoundPlan:
         if tokens <= FEW:

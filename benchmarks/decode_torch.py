@@ -44,8 +44,8 @@ class Eager:
     def rewind(self, length: int) -> None:
         if length == 0:
             self.past = None
-        elif self.past is not None:
-            self.past.crop(length)
+        elif self.past is not None and self.past.get_seq_length() > length:
+            self.past.crop(length - self.past.get_seq_length())
 
 
 def captured(model: Any) -> Program:

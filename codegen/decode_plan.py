@@ -7,7 +7,7 @@ once (lower_decode.py) and bound to buffers for some number of tokens here.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,10 +15,14 @@ import torch
 from torch import Tensor
 from torch.fx.node import map_aggregate
 
+from ..kernels.attention_decode import LANES
 from ..kernels.plan_cpu import CallRecord, Kind, StepRecord, record, run_steps
 from .decode_places import Place
 
 _FLOAT = 4  # bytes
+_ATEN = torch.ops.aten
+COUNTS = {_ATEN.arange.default, _ATEN.arange.start, _ATEN.arange.start_step}
+"""Operations that number the tokens."""
 
 
 @dataclass(frozen=True)
@@ -120,9 +124,38 @@ class Caches:
     capacity: int
     addresses: Any = None
 
+    def keep(self, past: int, path: Sequence[int]) -> None:
+        """Of the tokens after `past` keep those of `path`, in its order, right behind it."""
+        old, new = torch.tensor(path) + past, torch.arange(len(path)) + past
+        for keys, values in zip(self.buffers[::2], self.buffers[1::2], strict=True):
+            keys[:, new // LANES, :, new % LANES] = keys[:, old // LANES, :, old % LANES]
+            values[:, new] = values[:, old]
+
     def __post_init__(self) -> None:
         kept = [buffer.data_ptr() for buffer in self.buffers]
         self.addresses = (ctypes.c_void_p * max(1, len(kept)))(*kept)
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Tokens of which each sees its own ancestors only. depth: int64 [tokens], the distance from
+    the end of the text; mask: float32 [tokens, tokens], minus infinity where a token is not seen.
+    """
+
+    depth: Tensor
+    mask: Tensor
+
+    @classmethod
+    def of(cls, parents: Sequence[int]) -> Tree:
+        """parents[i] < i, or -1 for a child of the text's last token."""
+        seen = torch.eye(len(parents), dtype=torch.bool)
+        depth: list[int] = []
+        for place, parent in enumerate(parents):
+            depth.append(depth[parent] + 1 if parent >= 0 else 0)
+            if parent >= 0:
+                seen[place] |= seen[parent]
+        mask = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
+        return cls(torch.tensor(depth), mask)
 
 
 class BoundPlan:
@@ -136,12 +169,12 @@ class BoundPlan:
         self._slots: list[Any] = [None] * plan.slots
         self._runs = self._bound_runs()
         self._call = CallRecord()
+        self._tree: Tree | None = None
 
     def _bound_runs(self) -> list[tuple[int, Any]]:
         """(first step, records or the one torch step): neighbouring native steps go together."""
         runs: list[tuple[int, Any]] = []
         pending: list[StepRecord] = []
-        self._result_records: list[tuple[Any, int]] = []
         steps = self.plan.steps
         for index, step in enumerate(steps):
             if isinstance(step, Native):
@@ -169,16 +202,22 @@ class BoundPlan:
         return self._memory.data_ptr() + _FLOAT * (self._begins[operand.buffer] + operand.offset)
 
     def run(
-        self, ids: Tensor, past: int, last: int, caches: Caches, mask: Tensor | None, threads: int
-    ) -> Tensor:
-        """Logits [last or more, vocabulary] of `ids` [1, tokens] at `past`; fills the caches."""
+        self, ids: Tensor, past: int, last: int, caches: Caches, threads: int,
+        tree: Tree | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Logits [last or more, vocabulary] of `ids` [1, tokens] at `past`; fills the caches.
+
+        tree: the tokens are nodes of one; all rows are then given.
+        """
         tokens = ids.shape[1]
         assert tokens <= self.room and past + tokens <= caches.capacity
         self._slots[0] = ids
         call = self._call
         call.past, call.capacity, call.all = past, caches.capacity, tokens
         call.caches = ctypes.addressof(caches.addresses)
-        call.mask = None if mask is None else mask.data_ptr()
+        call.mask = None if tree is None else tree.mask.data_ptr()
+        call.depth = None if tree is None else tree.depth.data_ptr()
+        self._tree = tree
         first = 0
         for start, work in self._runs:
             if start == self.plan.tail:
@@ -206,6 +245,8 @@ class BoundPlan:
             return argument
 
         result = step.call(*map_aggregate(step.args, filled), **map_aggregate(step.kwargs, filled))
+        if self._tree is not None and step.call in COUNTS and result.shape == (tokens,):
+            result = result[0] + self._tree.depth.to(result.dtype)
         if step.out is not None:
             self._slots[step.out] = result
 

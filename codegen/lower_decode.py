@@ -24,11 +24,10 @@ from ..kernels import attention_decode
 from ..kernels.plan_cpu import Kind
 from .decode_native import Shape, Site, lower_native
 from .decode_places import Place, new_place, viewed, width_of
-from .decode_plan import Called, Native, Plan, Size, Slot
+from .decode_plan import COUNTS, Called, Native, Plan, Size, Slot
 
 _ATEN = torch.ops.aten
 _PAST = re.compile(r"past_(key|value)_(\d+)")
-_COUNTS = {_ATEN.arange.default, _ATEN.arange.start, _ATEN.arange.start_step}
 _MAY_ALIAS = {_ATEN.dropout.default, _ATEN._unsafe_view.default, operator.getitem}
 _COPY = torch.Tensor.copy_
 
@@ -296,7 +295,7 @@ class _Lowering:
         """Whether a step after the last cache computes the same for the last tokens alone."""
         if isinstance(step, Native):
             return True
-        if step.call in _COUNTS:
+        if step.call in COUNTS:
             return False
         for operand in _leaves(step.args, step.kwargs):
             if isinstance(operand, Size) and operand.past:

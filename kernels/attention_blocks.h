@@ -27,6 +27,8 @@ typedef struct {
                           h * mask_head + t * mask_token + j */
   float *out;          /* query t, head h at t * out_token + h * out_head */
   int64_t q_token, q_head, mask_head, mask_token, mask_from, out_token, out_head;
+  const int64_t *depth; /* NULL, or of a tree of tokens from mask_from on: query t counts as
+                           standing at mask_from + depth[t], and the mask says what it sees there */
   int64_t queries, place; /* query t stands at place + t of the text */
   int64_t capacity, heads, kv_heads, head, value_head, window;
   float scale, softcap;
@@ -186,6 +188,14 @@ static void write_row(const Attention *a, int64_t token, int64_t head, const flo
   for (int64_t c = 0; c < a->value_head; c++) out[c] = o[c] * factor;
 }
 
+INLINE int64_t lowest_key(const Attention *a, int64_t token, int64_t end) {
+  if (a->depth) {
+    end = a->mask_from + a->depth[token] + 1;
+    if (a->window > 0 && end - a->window > a->mask_from) return a->mask_from;
+  }
+  return a->window > 0 && end > a->window ? end - a->window : 0;
+}
+
 static void attend_item(const Attention *a, const Division *d, int64_t item, int64_t split,
                         float *partial) {
   const int64_t group = a->heads / a->kv_heads, kv = item % a->kv_heads;
@@ -199,7 +209,7 @@ static void attend_item(const Attention *a, const Division *d, int64_t item, int
     const int64_t token = (first + i) / group, end = a->place + token + 1;
     r.token[i] = token, r.head[i] = kv * group + (first + i) % group;
     r.q[i] = a->q + token * a->q_token + r.head[i] * a->q_head;
-    r.low[i] = a->window > 0 && end > a->window ? end - a->window : 0, r.high[i] = end;
+    r.low[i] = lowest_key(a, token, end), r.high[i] = end;
     r.top[i] = -INFINITY, r.sum[i] = 0;
     low = r.low[i] < low ? r.low[i] : low, high = end > high ? end : high;
   }

@@ -28,11 +28,12 @@ typedef struct {
 
 /* Tokens [first, first + tokens) of a call that stands at `past` in the text. caches: addresses
    of keys and values by layer, [2 * layers], which move when they grow; mask: of the call, or 0,
-   [tokens of the call, tokens of the call], between its own tokens. */
+   [tokens of the call, tokens of the call], between its own tokens; depth: theirs, of a tree. */
 typedef struct {
   int64_t first, tokens, past, capacity, all;
   float **caches;
   const float *mask;
+  const int64_t *depth;
 } Call;
 
 static Extent extent_of(const Step *s, const Call *c) {
@@ -60,6 +61,7 @@ static Attention attention_of(const Step *s, const Call *c) {
   a.scale = s->number[0], a.softcap = s->number[1];
   if (c->mask) {
     a.mask = c->mask + c->first * c->all, a.mask_token = c->all, a.mask_from = c->past;
+    a.depth = c->depth ? c->depth + c->first : 0;
   }
   return a;
 }

@@ -66,6 +66,7 @@ class CallRecord(ctypes.Structure):
         ("all", ctypes.c_int64),
         ("caches", ctypes.c_void_p),
         ("mask", ctypes.c_void_p),
+        ("depth", ctypes.c_void_p),
     )
 
 

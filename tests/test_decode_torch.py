@@ -158,6 +158,38 @@ def test_more_rows_than_the_program_gives_at_once(monkeypatch: pytest.MonkeyPatc
         assert (found - wanted[-(last or 12) :]).norm() <= 1e-5 * wanted.norm()
 
 
+@pytest.mark.parametrize(("name", "attention"), DECODERS)
+def test_a_tree_gives_what_each_of_its_branches_gives(name: str, attention: zoo.Attention) -> None:
+    decoder = TorchDecoder(cached(name, attention, 4))
+    ids = cached_decoders.tokens(1, 40)[0].tolist()
+    text, drafts = ids[:17], ids[17:27]
+    parents = [-1, -1, 0, 0, 1, 2, 2, 5, 4, 7]
+    branches = [[0], [1], [0, 2, 5, 7, 9], [0, 3], [1, 4, 8], [0, 2, 6]]
+    alone: dict[int, Tensor] = {}
+    for branch in branches:
+        decoder.rewind(0)
+        decoder.advance(text)
+        rows = decoder.advance([drafts[i] for i in branch])
+        alone |= dict(zip(branch, rows, strict=True))
+    for count in (10, 7):  # by both plans
+        decoder.rewind(0)
+        decoder.advance(text)
+        found = decoder.advance_tree(drafts[:count], parents[:count])
+        for place in range(count):
+            assert (found[place] - alone[place]).norm() <= 1e-5 * alone[place].norm()
+        path = [0, 2, 5, 7, 9][: 5 if count == 10 else 3]
+        decoder.keep_branch(path)
+        assert decoder.length == 17 + len(path)
+        following = decoder.advance(ids[30:32])
+        decoder.rewind(17)
+        wanted = decoder.advance([*(drafts[i] for i in path), *ids[30:32]])[-2:]
+        assert (following - wanted).norm() <= 1e-5 * wanted.norm()
+    with pytest.raises(WrongInput, match="not of the tree"):
+        decoder.keep_branch([0])
+    with pytest.raises(WrongInput, match="no tree of tokens"):
+        decoder.advance_tree([3, 4], [-1, 1])
+
+
 @pytest.mark.parametrize("few", [True, False])
 def test_buffers_in_use_at_once_do_not_overlap(few: bool) -> None:
     plan = lower_plan(cached("gemma2", "eager", 0), few=few)
