@@ -150,7 +150,8 @@ class Optimized:
         """Write a folder for a target; returns its path.
 
         options: the target's own, such as activations="int8" for onnx, which is faster and rounds
-        the activations of packed matmuls too.
+        the activations of packed matmuls too, or logits="last", which leaves out the logits of a
+        prompt that generating does not read.
 
         Raises OutputExists (unless force), OutputNotWritable, UnknownTarget, UnsupportedByTarget.
         A decoder with a KV cache, written to onnx, becomes a folder that `Generator` reads: with

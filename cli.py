@@ -68,7 +68,8 @@ def export(
         typer.Option(
             "--target-set",
             metavar="OPTION=VALUE",
-            help="Change an option of the target; onnx: activations=int8 (faster, rounds more).",
+            help="Change an option of the target; onnx: activations=int8 (faster, rounds more), "
+            "logits=last (of a prompt only what generating reads).",
         ),
     ] = None,
     kv_cache: Annotated[

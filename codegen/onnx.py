@@ -17,6 +17,8 @@ import onnx_ir as oir
 from ..ir.errors import WrongOption
 from ..ir.program import Program
 from ..ir.text import value_names
+from ..passes.keep_last_logits import KeepLastLogits
+from ..passes.pipeline import Pipeline
 from .onnx_builder import CONTRIB, Builder, Options
 from .onnx_decoder import manifest_section
 from .onnx_interface import graph_inputs, graph_outputs
@@ -28,6 +30,8 @@ MODEL = "model.onnx"
 WEIGHTS = "model.onnx.data"
 OPSET = 23
 IR_VERSION = 11
+LAST = 32
+"""Positions whose logits `logits="last"` keeps: a row costs little, and drafts fit in."""
 
 
 def export(
@@ -37,12 +41,14 @@ def export(
     metadata: Mapping[str, Any],
     *,
     activations: str = "float",
+    logits: str = "all",
 ) -> dict[str, Any]:
     """Write `model.onnx` and `model.onnx.data` into an existing folder.
 
     profile: "ort" may use onnxruntime's own operators, "standard" only those of ONNX. activations:
     "float" computes what the program computes; "int8" lets onnxruntime round the activations of
-    packed linears to 8 bits, which is faster and a loss on top of the weights' own. metadata: told
+    packed linears to 8 bits, which is faster and a loss on top of the weights' own. logits: "all",
+    or "last" for those of the last LAST positions, all that generating reads. metadata: told
     in the model's properties. Returns the manifest's section "decoder" for a program with a KV
     cache. Raises UnsupportedByTarget, WrongOption.
     """
@@ -54,6 +60,8 @@ def export(
             fix="leave activations out",
         )
     options = Options(profile, activations)
+    if logits == "last":
+        program = Pipeline([KeepLastLogits(LAST)], on_break="raise").run(program)
     lowered = lower(program, options)
     oir.save(_written(lowered, options, metadata), folder / MODEL, external_data=WEIGHTS)
     if lowered.decoder is None:
@@ -117,5 +125,5 @@ TARGET = Target(
     export=export,
     profiles=("ort", "standard"),
     doc="model.onnx for onnxruntime (profile ort) or for any ONNX runtime (profile standard)",
-    options={"activations": ("float", "int8")},
+    options={"activations": ("float", "int8"), "logits": ("all", "last")},
 )
