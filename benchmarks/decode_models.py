@@ -60,7 +60,7 @@ def _recipe(bits: int) -> str:
 
 def _planish_onnx(path: Path, bits: int, python: str) -> None:
     made = planish.optimize(LANGUAGE_MODEL.path(), recipe=_recipe(bits), kv_cache=True)
-    options = {"activations": "int8"} if bits < 32 else {}
+    options = {"logits": "last"} | ({"activations": "int8"} if bits < 32 else {})
     made.export(path, target="onnx", options=options)
 
 
