@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from .codegen.decode_plan import BoundPlan, Caches, Tree
+from .codegen.decode_sizes import CannotDecode, Layer, layers_of, most_rows
 from .codegen.lower_cpu import pack_weights
-from .codegen.lower_decode import CannotDecode, Layer, layers_of, lower_plan, most_rows
+from .codegen.lower_decode import lower_plan
 from .ir.errors import TextTooLong, WrongInput, WrongOption
 from .ir.program import Program
 from .kernels.plan_cpu import KEY_BLOCK, why_not

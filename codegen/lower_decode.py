@@ -7,17 +7,14 @@ the text, in buffers that stay, and attention reads them there.
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor
 from torch.fx.node import map_aggregate, map_arg
 
-from ..ir.errors import PlanishError
 from ..ir.pattern import bound_arguments
 from ..ir.program import Node, Program
 from ..kernels import attention_decode
@@ -25,24 +22,11 @@ from ..kernels.plan_cpu import Kind
 from .decode_native import Shape, Site, lower_native
 from .decode_places import Place, new_place, viewed, width_of
 from .decode_plan import COUNTS, Called, Native, Plan, Size, Slot
+from .decode_sizes import PAST, CannotDecode, layers_of, symbols_of
 
 _ATEN = torch.ops.aten
-_PAST = re.compile(r"past_(key|value)_(\d+)")
 _MAY_ALIAS = {_ATEN.dropout.default, _ATEN._unsafe_view.default, operator.getitem}
 _COPY = torch.Tensor.copy_
-
-
-class CannotDecode(PlanishError):
-    """A program that has no decoding plan."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Sizes of one attention's cache."""
-
-    kv_heads: int
-    head: int
-    value_head: int
 
 
 @dataclass(frozen=True)
@@ -59,33 +43,6 @@ class _Past:
 
     layer: int
     kind: str
-
-
-def layers_of(program: Program) -> list[Layer]:
-    """The caches of a program, in order; raises CannotDecode if it has none."""
-    found: dict[tuple[str, int], list[Any]] = {}
-    for node in program.inputs:
-        if match := _PAST.fullmatch(node.name):
-            found[match[1], int(match[2])] = list(node.meta["val"].shape)
-    if not found:
-        raise CannotDecode(
-            "the program has no KV cache",
-            expected="inputs past_key_0, past_value_0, ...",
-            found=", ".join(node.name for node in program.inputs),
-            fix="run the pass insert_kv_cache, or optimize with kv_cache=True",
-        )
-    count = len(found) // 2
-    return [
-        Layer(found["key", i][1], found["key", i][3], found["value", i][3]) for i in range(count)
-    ]
-
-
-def most_rows(program: Program) -> int | None:
-    """How many tokens' logits one call gives at most; None where it gives all."""
-    size, many = program.results[0].meta["val"].shape[1], 1 << 20
-    if not isinstance(size, int):
-        size = size.node.expr.xreplace({_symbols(program).tokens: sympy.Integer(many)})
-    return None if size == many else int(size)
 
 
 def lower_plan(program: Program, few: bool, rounded: bool = False) -> Plan:
@@ -107,7 +64,7 @@ class _Lowering:
         self.shapes: dict[int, Shape] = {}
         self.made: dict[int, int] = {0: -1}
         self.loose: set[int] = set()
-        self.symbols = _symbols(program)
+        self.symbols = symbols_of(program)
         self.layers = layers_of(program)
 
     def run(self) -> Plan:
@@ -128,7 +85,7 @@ class _Lowering:
             return self.program.weights[str(node.target)]
         value = node.meta.get("val")
         if isinstance(value, (torch.SymInt, int)):
-            return self._size(value)
+            return self.symbols.size(value)
         args = map_arg(node.args, self.values.__getitem__)
         kwargs = map_arg(node.kwargs, self.values.__getitem__)
         if _is_append(node):
@@ -145,7 +102,7 @@ class _Lowering:
         return self._place(node, args, kwargs) or self._torch(node, args, kwargs)
 
     def _input(self, node: Node) -> Any:
-        if match := _PAST.fullmatch(node.name):
+        if match := PAST.fullmatch(node.name):
             return _Past(int(match[2]), match[1])
         return Slot(0, 1)
 
@@ -162,7 +119,7 @@ class _Lowering:
             name: map_arg(argument, self.values.__getitem__)
             for name, argument in bound_arguments(node).items()
         }
-        return lower_native(Site(node.target, given, self._shape(value), value.dtype), self)
+        return lower_native(Site(node.target, given, self.symbols.shape(value), value.dtype), self)
 
     def _torch(self, node: Node, args: Any, kwargs: Any) -> Slot:
         slot = self._new_slot(node.meta["val"])
@@ -271,7 +228,7 @@ class _Lowering:
             self.made[step.out] = index
 
     def _new_slot(self, value: Any) -> Slot:
-        shape = self._shape(value) if isinstance(value, Tensor) else ()
+        shape = self.symbols.shape(value) if isinstance(value, Tensor) else ()
         slot = Slot(self.plan.slots, shape.index(None) if shape.count(None) == 1 else None)
         self.plan.slots += 1
         self.holds[slot.index] = set()
@@ -305,40 +262,6 @@ class _Lowering:
                 return False
         return True
 
-    def _shape(self, value: Tensor) -> Shape:
-        """Sizes with None for the tokens; () where a size depends on the call in another way."""
-        sizes = [self._plain(size) for size in value.shape]
-        tokens = self.symbols.tokens
-        if any(not isinstance(size, int) and size != tokens for size in sizes):
-            return ()
-        return tuple(size if isinstance(size, int) else None for size in sizes)
-
-    def _plain(self, size: Any) -> Any:
-        """An int, or an expression of the call's symbols; the text's batch is one."""
-        if isinstance(size, int):
-            return size
-        expression = size.node.expr.xreplace(dict.fromkeys(self.symbols.batch, sympy.S.One))
-        return int(expression) if expression.is_number else expression
-
-    def _size(self, value: Any) -> int | Size:
-        plain = self._plain(value)
-        if isinstance(plain, int):
-            return plain
-        tokens, past = self.symbols.tokens, self.symbols.past
-        extra = plain.free_symbols - {tokens, *past}
-        if extra:
-            raise CannotDecode(
-                f"a size {plain} depends on more than the number of tokens and of past ones",
-                expected=f"{tokens} and {', '.join(map(str, past))}",
-                found=", ".join(map(str, extra)),
-                fix="use the reference interpreter for this program",
-            )
-        if plain == tokens:
-            return Size(_tokens_alone, False)
-        plain = plain.xreplace(dict.fromkeys(past, past[0]))
-        of = sympy.lambdify([tokens, past[0]], plain, modules=["math"])
-        return Size(lambda t, p: int(of(t, p)), bool(plain.free_symbols & {past[0]}))
-
     def _refuse_caches(self, node: Node, args: Any, kwargs: Any) -> None:
         if any(isinstance(leaf, (_Past, _Cached)) for leaf in _leaves(args, kwargs)):
             raise self._refusal(node, "it reads kept keys or values, and is no attention")
@@ -351,40 +274,6 @@ class _Lowering:
             found=str(node.meta.get("val")),
             fix="use the reference interpreter (ProgramDecoder) for this program",
         )
-
-
-@dataclass(frozen=True)
-class _Symbols:
-    tokens: sympy.Symbol
-    batch: tuple[sympy.Symbol, ...]
-    past: tuple[sympy.Symbol, ...]
-
-
-def _symbols(program: Program) -> _Symbols:
-    """The names of the free sizes; raises CannotDecode for inputs that a text does not have."""
-    ids = [node for node in program.inputs if not _PAST.fullmatch(node.name)]
-    value = ids[0].meta.get("val") if ids else None
-    if len(ids) != 1 or not isinstance(value, Tensor) or value.dim() != 2:
-        raise CannotDecode(
-            "a decoder takes token ids [batch, tokens] and its cache, nothing else",
-            expected="one input besides past",
-            found=", ".join(node.name for node in ids),
-            fix="capture the model from input_ids alone, then insert the cache",
-        )
-    past: list[Any] = [n.meta["val"].shape[2] for n in program.inputs if _PAST.fullmatch(n.name)]
-    rows, tokens = (
-        size.node.expr if isinstance(size, torch.SymInt) else size for size in value.shape
-    )
-    if isinstance(tokens, int):
-        raise CannotDecode(
-            "the number of tokens is fixed", expected="a free size", found=str(tokens)
-        )
-    kept = dict.fromkeys(size.node.expr for size in past)
-    return _Symbols(tokens, () if isinstance(rows, int) else (rows,), tuple(kept))
-
-
-def _tokens_alone(tokens: int, past: int) -> int:
-    return tokens
 
 
 def _sized(argument: Any, tokens: int) -> Any:
@@ -412,7 +301,7 @@ def _is_append(node: Node) -> bool:
         return False
     parts = node.args[0]
     first = parts[0] if isinstance(parts, (list, tuple)) and len(parts) == 2 else None
-    return isinstance(first, Node) and bool(_PAST.fullmatch(first.name))
+    return isinstance(first, Node) and bool(PAST.fullmatch(first.name))
 
 
 def _needed(result: Node) -> set[Node]:

@@ -10,7 +10,8 @@ import torch
 import zoo
 from planish import decode_torch
 from planish.codegen.decode_plan import Called, arrange
-from planish.codegen.lower_decode import CannotDecode, lower_plan
+from planish.codegen.decode_sizes import CannotDecode
+from planish.codegen.lower_decode import lower_plan
 from planish.decode_torch import TorchDecoder
 from planish.ir.errors import TextTooLong, WrongInput
 from planish.ir.interpret import run
