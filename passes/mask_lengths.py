@@ -185,6 +185,8 @@ class MaskLengths:
             if axes and value.shape[axes[0]] != true[length]:
                 raise CannotSample
             found[node] = value.index_select(axes[0], at) if axes else value
+        if any(n.op == "get_attr" and n.meta["val"].numel() > 1 for n in computed):
+            raise CannotSample  # a stored table can hold anything at the other places
         return found
 
     def _numbers(self, problem: Problem) -> set[int]:

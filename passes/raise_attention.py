@@ -28,6 +28,7 @@ from .attention_forms import SDPA, SOFTMAXES, Attention, read_sdpa, read_softmax
 from .attention_scores import Unreadable
 from .contract import Context, Pass, contract
 from .emit_mask import Form, MaskEmitter
+from .mask_parts import Part
 from .prove_mask import MaskProver, Proof
 
 aten = torch.ops.aten
@@ -92,15 +93,24 @@ def _note(proof: Proof) -> str:
     """What an attention keeps that has both axes, queries and keys."""
     if proof.explicit:
         return f"keeps an explicit mask: {proof.explicit}"
-    if any(_is_square(part.node) for part in proof.parts):
+    if any(_is_square(_sizes(part)) for part in proof.parts):
         return "keeps a mask of queries by keys: it depends on the inputs"
-    if any(_is_square(bias.node) for bias in proof.biases):
+    if any(_is_square(shape(bias.node)) for bias in proof.biases):
         return "keeps a bias of queries by keys"
     return ""
 
 
-def _is_square(node: Node) -> bool:
-    sizes = shape(node)
+def _sizes(part: Part) -> list[Any]:
+    """The sizes of a part as the mask reads it."""
+    sizes = shape(part.node)
+    for wrap in part.wraps:
+        if wrap.target is aten.unsqueeze.default:
+            axis = int(wrap.args[1])  # type: ignore[arg-type]
+            sizes.insert(axis if axis >= 0 else axis + len(sizes) + 1, 1)
+    return sizes
+
+
+def _is_square(sizes: list[Any]) -> bool:
     return len(sizes) > 1 and sizes[-2] != 1 and sizes[-1] != 1
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import planish
@@ -55,11 +56,16 @@ def _version() -> str:
 
 @functools.cache
 def _kept(name: str, attention: zoo.Attention) -> Program:
-    folder = cache_folder() / f"tests-{_version()}" / f"{name}-{attention}"
+    return kept(f"{name}-{attention}", lambda: fresh(name, attention))
+
+
+def kept(key: str, capture: Callable[[], Program]) -> Program:
+    """What a capture gives, from the cache once it was made; the key says all it depends on."""
+    folder = cache_folder() / f"tests-{_version()}" / key
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not is_program_folder(folder):
-            save_program(fresh(name, attention), folder, overwrite=True)
+            save_program(capture(), folder, overwrite=True)
     return load_program(folder)
 
 

@@ -148,6 +148,16 @@ def test_documents_of_a_packed_text_stay_a_mask() -> None:
     assert notes == ["keeps a mask of queries by keys: it depends on the inputs"]
 
 
+def test_two_masks_over_keys_are_no_mask_of_queries() -> None:
+    def padded(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+        visible = (pad & (v[:, 0, :, 0] > -1.0))[:, None, None, :] & (positions(q, k)[1] >= 0)
+        return F.scaled_dot_product_attention(q, k, v, visible, scale=1.0)
+
+    after, record = raised(padded)
+    assert seen(after) == [(False, 0, 0.0, False, "keys")]
+    assert [entry.note for entry in record.applied] == [""]
+
+
 def test_fills_that_add_up_keep_the_mask() -> None:
     lowest = torch.finfo(torch.float32).min
 
