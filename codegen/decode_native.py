@@ -198,6 +198,8 @@ def _rotary(site: Site, room: Room) -> Place | None:
 def _pointwise(
     site: Site, room: Room, kind: int, first: Any, second: Any = None, unary: bool = False
 ) -> Place | None:
+    if isinstance(first, Tensor) or (not unary and isinstance(second, (Tensor, int, float))):
+        return None
     a = room.place(first)
     b = None if unary else room.place(second)
     if a is None or a.shape != site.shape or (not unary and (b is None or b.shape != a.shape)):

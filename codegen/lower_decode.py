@@ -19,13 +19,13 @@ from ..ir.pattern import bound_arguments
 from ..ir.program import Node, Program
 from ..kernels import attention_decode
 from ..kernels.plan_cpu import Kind
+from .decode_graph import is_append, looks, may_alias, needed_for
 from .decode_native import Shape, Site, lower_native
 from .decode_places import Place, new_place, viewed, width_of
 from .decode_plan import COUNTS, Called, Native, Plan, Size, Slot
 from .decode_sizes import PAST, CannotDecode, layers_of, symbols_of
 
 _ATEN = torch.ops.aten
-_MAY_ALIAS = {_ATEN.dropout.default, _ATEN._unsafe_view.default, operator.getitem}
 _COPY = torch.Tensor.copy_
 
 
@@ -69,7 +69,7 @@ class _Lowering:
 
     def run(self) -> Plan:
         result = self.program.results[0]
-        needed = _needed(result)
+        needed = needed_for(result)
         for node in self.program.graph.nodes:
             if node in needed:
                 self.values[node] = self._lower(node)
@@ -88,7 +88,7 @@ class _Lowering:
             return self.symbols.size(value)
         args = map_arg(node.args, self.values.__getitem__)
         kwargs = map_arg(node.kwargs, self.values.__getitem__)
-        if _is_append(node):
+        if is_append(node):
             return self._append(node)
         if not _depends(args, kwargs):
             return node.target(*args, **kwargs)  # type: ignore[operator]
@@ -108,7 +108,7 @@ class _Lowering:
 
     def _place(self, node: Node, args: Any, kwargs: Any) -> Any:
         """A view of a place, or what native steps compute; None if torch must."""
-        if _looks(node.target):
+        if looks(node.target):
             found = viewed(node.target, args, kwargs, _sized)  # type: ignore[arg-type]
             if found is not None:
                 return found
@@ -123,7 +123,7 @@ class _Lowering:
 
     def _torch(self, node: Node, args: Any, kwargs: Any) -> Slot:
         slot = self._new_slot(node.meta["val"])
-        if _may_alias(node.target):
+        if may_alias(node.target):
             for operand in _leaves(args, kwargs):
                 if isinstance(operand, Place):
                     self.holds[slot.index].add(operand.buffer)
@@ -293,38 +293,3 @@ def _depends(args: Any, kwargs: Any) -> bool:
 
 def _is_free(value: Tensor) -> bool:
     return any(isinstance(size, torch.SymInt) for size in value.shape)
-
-
-def _is_append(node: Node) -> bool:
-    """cat([past, new], 2)"""
-    if node.target is not _ATEN.cat.default or node.args[1:] not in ((2,), (-2,)):
-        return False
-    parts = node.args[0]
-    first = parts[0] if isinstance(parts, (list, tuple)) and len(parts) == 2 else None
-    return isinstance(first, Node) and bool(PAST.fullmatch(first.name))
-
-
-def _needed(result: Node) -> set[Node]:
-    """The values that a result is computed from."""
-    found: set[Node] = set()
-    pending = [result]
-    while pending:
-        node = pending.pop()
-        if node in found:
-            continue
-        found.add(node)
-        value = node.meta.get("val")
-        if not isinstance(value, (torch.SymInt, int)):
-            pending += node.all_input_nodes
-    return found
-
-
-def _looks(target: Any) -> bool:
-    """Whether an operation may return its operand's memory in another form."""
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
-    return target in _MAY_ALIAS or any(r.alias_info is not None for r in target._schema.returns)
-
-
-def _may_alias(target: Any) -> bool:
-    return not isinstance(target, torch._ops.OpOverload) or _looks(target)
