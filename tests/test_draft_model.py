@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 import zoo
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from planish.decode_program import ProgramDecoder
 from planish.draft_model import ModelDrafter, independent
@@ -48,7 +48,7 @@ def test_a_model_that_drafts_for_itself_is_always_right() -> None:
     assert (told.acceptance_rate, told.tokens_per_step, told.steps) == (1.0, 5.0, 4)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(
         st.tuples(st.integers(0, 12), st.lists(st.integers(0, 6), max_size=5), st.integers(1, 5)),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from planish import trace
 from planish.decode_program import ProgramDecoder
@@ -57,6 +57,7 @@ def by_definition(text: list[int], count: int, longest: int, shortest: int) -> l
     return []
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(st.integers(0, 3), max_size=40),
     st.integers(1, 6),

@@ -6,7 +6,7 @@ import pytest
 import torch
 import zoo
 from captured import captured
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from planish.decode_program import NotADecoder, ProgramDecoder, tree_mask
 from planish.draft_tree import ModelTreeDrafter, NgramTreeDrafter, merged
@@ -45,7 +45,7 @@ trees = st.integers(1, 7).flatmap(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from(DECODERS), st.integers(0, 21), trees, st.randoms(use_true_random=False))
 def test_a_branch_gets_what_it_would_get_alone(
     model: tuple[str, zoo.Attention], begun: int, parents: tuple[int, ...], chance: object

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from planish import speculate
 from planish.ir.errors import TextTooLong, WrongInput
@@ -122,7 +122,7 @@ def drafts(draw_: st.DrawFn) -> Draft:
     return Draft(found, [draw_(st.integers(-1, place - 1)) for place in range(len(found))])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(drafts(), max_size=5),
     st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=6),
