@@ -1,4 +1,4 @@
-"""Attention for ONNX: heads beside one another, masks as flags, and rotary tables that are proven."""
+"""Attention for ONNX: heads beside one another, and rotary tables that are proven."""
 
 from __future__ import annotations
 
