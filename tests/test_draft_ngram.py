@@ -99,7 +99,7 @@ def test_a_real_model_repeats_a_list_in_fewer_calls(smollm2_folder: Path) -> Non
     tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2_folder)
     request = "Repeat this list:\n- two water bottles\n- a rain jacket\n- a head torch\n- a knife\n"
     ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": request}], add_generation_prompt=True
+        [{"role": "user", "content": request}], add_generation_prompt=True, return_dict=True
     )["input_ids"]
     texts: list[list[int]] = []
     told = Statistics()
