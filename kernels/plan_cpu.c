@@ -132,6 +132,28 @@ static void step_team(const Step *s, const Call *c, float *scratch) {
   }
 }
 
+/* Steps so small that one thread does them faster than several agree on who does what. */
+static int is_small(const Step *s, const Call *c) {
+  const int heavy = s->kind == LINEAR || s->kind == DENSE || s->kind == ATTENTION;
+  return !heavy && c->tokens <= SKINNY_ROWS;
+}
+
+static void steps_team(const Step *steps, int64_t count, const Call *call, float *scratch) {
+  for (int64_t i = 0, end; i < count; i = end) {
+    for (end = i; end < count && is_small(steps + end, call);) end++;
+    if (end == i) {
+      step_team(steps + end++, call, scratch);
+      continue;
+    }
+#pragma omp master
+    {
+#pragma omp parallel num_threads(1)
+      for (int64_t j = i; j < end; j++) step_team(steps + j, call, scratch);
+    }
+#pragma omp barrier
+  }
+}
+
 /* Runs `count` steps; returns 0, or 1 when there is no memory. */
 int planish_run_steps(const Step *steps, int64_t count, const Call *call, int64_t threads) {
   int64_t most = 0;
@@ -142,7 +164,7 @@ int planish_run_steps(const Step *steps, int64_t count, const Call *call, int64_
   float *scratch = most ? malloc(most * sizeof(float)) : 0;
   if (most && !scratch) return 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
-  for (int64_t i = 0; i < count; i++) step_team(steps + i, call, scratch);
+  steps_team(steps, count, call, scratch);
   free(scratch);
   return 0;
 }
