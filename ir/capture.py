@@ -25,6 +25,7 @@ from torch.export.graph_signature import (
 from torch.utils import _pytree as pytree
 
 from .errors import CaptureFailed, StatefulModel, WrongInput
+from .own_cache import without_own_cache
 from .program import Program
 from .weights import Entry, Weights, find_ties
 
@@ -42,18 +43,22 @@ def capture_module(
 
     args, kwargs: example inputs. dynamic_shapes: as for `torch.export.export`; by default the
     first two axes of every integer or boolean input and the first axis of every other tensor
-    are free. Raises CaptureFailed (naming the source line) and StatefulModel.
+    are free. A model that keeps a KV cache itself is captured without. Raises
+    CaptureFailed (naming the source line) and StatefulModel.
     """
     kwargs = dict(kwargs or {})
     _check_examples(args, kwargs)
     was_training = model.training
     model.eval()
     try:
-        exported, notes = _export(model, args, kwargs, dynamic_shapes)
+        with without_own_cache(model) as had_cache:
+            exported, notes = _export(model, args, kwargs, dynamic_shapes)
     finally:
         model.train(was_training)
     program = capture_exported(exported)
     program.examples = tuple(pytree.tree_leaves((args, kwargs)))
+    if had_cache:
+        notes.append("captured with config.use_cache off: the program returns no cache")
     program.metadata["source"] = type(model).__qualname__
     program.metadata["notes"] = notes
     return program

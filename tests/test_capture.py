@@ -165,3 +165,14 @@ def test_training_mode_is_restored() -> None:
     model = Scaled().train()
     capture_module(model, (torch.randn(2, 4),))
     assert model.training
+
+
+def test_a_model_that_keeps_a_cache_itself_is_captured_without() -> None:
+    made = zoo.build("llama", "sdpa")
+    made.model.config.use_cache = True
+    ids = made.kwargs["input_ids"]
+    program = capture_module(made.model, (ids,))
+    assert made.model.config.use_cache is True
+    assert "captured with config.use_cache off" in " ".join(program.metadata["notes"])
+    with torch.no_grad():
+        assert torch.equal(program(ids).logits, made.model(ids).logits)

@@ -46,7 +46,7 @@ def left_over(folder: Path) -> set[str]:
 
 def test_help_names_every_command() -> None:
     told = call("--help").stdout
-    for command in ("demo", "export", "explain", "passes", "recipes"):
+    for command in ("demo", "export", "generate", "explain", "passes", "recipes"):
         assert command in told
     assert call("--version").stdout.strip() == f"planish {planish.__version__}"
 
