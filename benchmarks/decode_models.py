@@ -99,6 +99,8 @@ _MAKERS = {
     "planish int4 onnx": (_planish_onnx, "onnx", 4, False),
     "planish int8 torch": (_planish_torch, "torch", 8, False),
     "planish int4 torch": (_planish_torch, "torch", 4, False),
+    "planish int8 torch, int8 prompts": (_planish_torch, "torch-a8", 8, False),
+    "planish int4 torch, int8 prompts": (_planish_torch, "torch-a8", 4, False),
     "GenAI int4": (_genai, "genai", 4, True),
     "OpenVINO int8": (_openvino, "openvino", 8, True),
     "OpenVINO int4": (_openvino, "openvino", 4, True),

@@ -47,7 +47,8 @@ class Planish:
             from planish.decode_torch import TorchDecoder
             from planish.ir.program_folder import load_program
 
-            self.decoder = TorchDecoder(load_program(Path(path)))
+            activations = "int8" if kind == "torch-a8" else "float32"
+            self.decoder = TorchDecoder(load_program(Path(path)), activations=activations)
 
     def start(self, ids: Sequence[int]) -> int:
         self.decoder.rewind(0)
@@ -197,7 +198,7 @@ class OpenVino:
 
 
 def make(kind: str, path: str, threads: int) -> Engine:
-    if kind in ("onnx", "torch"):
+    if kind in ("onnx", "torch", "torch-a8"):
         return Planish(path, threads, kind)
     engines: dict[str, Any] = {
         "eager": Eager,
