@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import planish
+from planish.decoder_source import DecoderSource
 from planish.demo_models import LANGUAGE_MODEL, hf_folder
-from planish.ir.program_folder import save_program
+from planish.ir.program_folder import load_program, save_program
 from planish.ir.read_gguf import cache_folder
 
 _QUANTIZE = """
@@ -46,7 +47,7 @@ def contestants(peers: str | None, names: list[str]) -> list[Contestant]:
         if by_peer and peers is None:
             continue
         python = peers if by_peer and peers else sys.executable
-        path = folder / name.replace(" ", "-")
+        path = folder / name.removesuffix(", int8 prompts").replace(" ", "-")
         if not path.exists():
             print(f"making {path}", file=sys.stderr)
             make(path, bits, python)
@@ -58,15 +59,23 @@ def _recipe(bits: int) -> str:
     return {32: "exact", 8: "int8", 4: "int4"}[bits]
 
 
+def _optimized(folder: Path, bits: int) -> planish.Optimized:
+    """The model after a recipe and insert_kv_cache; captured once for all."""
+    captured = folder / "captured"
+    if not captured.exists():
+        save_program(planish.trace(LANGUAGE_MODEL.path(), kv_cache=True), captured)
+    made = planish.optimize(load_program(captured), recipe=_recipe(bits), kv_cache=True)
+    made.source = DecoderSource.of(LANGUAGE_MODEL.path())
+    return made
+
+
 def _planish_onnx(path: Path, bits: int, python: str) -> None:
-    made = planish.optimize(LANGUAGE_MODEL.path(), recipe=_recipe(bits), kv_cache=True)
     options = {"logits": "last"} | ({"activations": "int8"} if bits < 32 else {})
-    made.export(path, target="onnx", options=options)
+    _optimized(path.parent, bits).export(path, target="onnx", options=options)
 
 
 def _planish_torch(path: Path, bits: int, python: str) -> None:
-    made = planish.optimize(LANGUAGE_MODEL.path(), recipe=_recipe(bits), kv_cache=True)
-    save_program(made.program, path)
+    save_program(_optimized(path.parent, bits).program, path)
 
 
 def _genai(path: Path, bits: int, python: str) -> None:
