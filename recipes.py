@@ -114,6 +114,12 @@ def _weights(bits: int, group_size: int | None, **more: Any) -> tuple[Step, ...]
     return _EXACT + _steps(("quantize_weights", options))
 
 
+def _low_bits(bits: int) -> Recipe:
+    """Few levels need zero points and a search for the best grid; 8 bits do without."""
+    steps = _weights(bits, 32, symmetric=False, search=True, embeddings=_TABLES)
+    return Recipe(f"int{bits}", f"{bits}-bit weights, groups of 32; 8-bit embeddings", steps)
+
+
 _BUILT_IN = (
     Recipe("raise", "recognize norms, rotary embeddings, gates and attention", _RAISE),
     Recipe("exact", "the same function, faster: raise and fuse, nothing lossy", _EXACT),
@@ -122,17 +128,9 @@ _BUILT_IN = (
         "8-bit weights, groups of 32, embeddings included",
         _weights(8, 32, embeddings=_TABLES),
     ),
-    Recipe(
-        "int4",
-        "4-bit weights, groups of 32; 8-bit embeddings",
-        _weights(4, 32, embeddings=_TABLES),
-    ),
-    Recipe(
-        "int3", "3-bit weights, groups of 32; 8-bit embeddings", _weights(3, 32, embeddings=_TABLES)
-    ),
-    Recipe(
-        "int2", "2-bit weights, groups of 32; 8-bit embeddings", _weights(2, 32, embeddings=_TABLES)
-    ),
+    _low_bits(4),
+    _low_bits(3),
+    _low_bits(2),
 )
 
 

@@ -2,7 +2,8 @@
 
 Before: `%w` is f32[out, in]. After: `%w` is stored as integer codes with a scale (and zero point)
 for each channel or group; the graph does not change, and every reader sees the rounded values.
-Lossy within half a step of each weight. Axis of the groups: the one that the reading matmul sums
+Lossy within half a step of each weight (with `search`, within a step or more for the largest, and
+less on the whole). Axis of the groups: the one that the reading matmul sums
 over, found in the graph (last for `linear`, first for `addmm`).
 Source: uniform affine quantization, Jacob et al. 2018, sec. 2.1; groups as in Dettmers et al. 2022.
 """
@@ -11,11 +12,13 @@ from __future__ import annotations
 
 import fnmatch
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from ..ir.errors import UnsupportedGroupSize, WrongOption
 from ..ir.formats import AffineInt, Format, parse_format
+from ..ir.least_squares_grid import encode_least_squares
 from ..ir.program import Program
 from ..ir.rewrite import Journal
 from ..ir.weight_roles import Role, weight_roles
@@ -33,6 +36,7 @@ class QuantizeWeights(Pass):
     weight's own dtype. remainder: "refuse" a width that group_size does not divide, or let the
     last group be "short". embeddings: format of looked-up tables and of heads tied to them
     ("none", or a name such as int8-g64-sym). skip: names to leave alone, comma-separated patterns.
+    search: try grids beside the one of each group's range, and keep the one of least squared error.
     """
 
     contract = contract(
@@ -45,6 +49,7 @@ class QuantizeWeights(Pass):
     remainder: str = "refuse"
     embeddings: str = "none"
     skip: str = ""
+    search: bool = False
 
     def __post_init__(self) -> None:
         for option, value, known in (
@@ -94,7 +99,11 @@ class QuantizeWeights(Pass):
             if context.journal.offers():
                 assert role.axis is not None
                 weight = program.weights[role.name]
-                program.weights[role.name] = fmt.encode(weight, role.axis, where=role.name)
+                searched = self.search and fmt == self.linear_format
+                encode = (
+                    partial(encode_least_squares, self.linear_format) if searched else fmt.encode
+                )
+                program.weights[role.name] = encode(weight, role.axis, where=role.name)
                 context.journal.changed_weight(self.pass_name(), role.name, fmt.name)
 
     def _format_for(self, role: Role, journal: Journal) -> Format | None:
