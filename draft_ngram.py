@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 from .speculate import Draft
 
-LONGEST, SHORTEST, BOLDNESS = 8, 2, 1.5
+LONGEST, SHORTEST, BOLDNESS = 8, 2, 1.0
 
 
 class NgramDrafter:

@@ -101,19 +101,22 @@ def speculative(
     sampling: Sampling,
     max_new_tokens: int,
     *,
-    draft_tokens: int = DRAFT_TOKENS,
+    draft_tokens: int | None = None,
     stop: Collection[int] = (),
     statistics: Statistics | None = None,
 ) -> Iterator[int]:
     """Tokens that follow the text `ids`, as plain decoding would choose them.
 
     decoder: its cache may already hold a beginning of `ids`. draft_tokens: the most to check in a
-    row. stop: tokens that end the text (yielded too). However it ends, also when the reader
-    leaves, the decoder's cache holds the text but for its last token. Raises TextTooLong where
-    plain decoding would, WrongInput for an empty text, NoTreeDecoder.
+    row; None for as many as pay on this decoder (its attribute `draft_tokens`, else DRAFT_TOKENS).
+    stop: tokens that end the text (yielded too). However it ends, also when the reader leaves, the
+    decoder's cache holds the text but for its last token. Raises TextTooLong where plain decoding
+    would, WrongInput for an empty text, NoTreeDecoder.
     """
     if max_new_tokens < 1:
         return
+    if draft_tokens is None:
+        draft_tokens = int(getattr(decoder, "draft_tokens", DRAFT_TOKENS))
     if not ids:
         raise WrongInput("the text is empty", expected="one token or more", fix="add a prompt")
     text, chance = list(ids), sampling.generator()

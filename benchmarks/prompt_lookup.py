@@ -22,7 +22,7 @@ from planish.demo_models import LANGUAGE_MODEL, hf_folder
 from planish.draft_ngram import NgramDrafter
 from planish.generator import plain_tokens
 from planish.sampling import Sampling
-from planish.speculate import DRAFT_TOKENS, Statistics, speculative
+from planish.speculate import Statistics, speculative
 from planish.tokenizer import Tokenizer
 
 _PROMPTS = Path(__file__).with_name("repetitive_prompts.json")
@@ -40,7 +40,7 @@ def open_decoder(path: Path, threads: int) -> Decoder:
     return Generator(path, threads=threads).decoder
 
 
-def run(decoder: Decoder, ids: list[int], count: int, end: int, drafts: int | None) -> Any:
+def run(decoder: Decoder, ids: list[int], count: int, end: int, drafts: int | str | None) -> Any:
     """(seconds after the first token, tokens, statistics)."""
     decoder.rewind(0)
     told = Statistics()
@@ -53,7 +53,7 @@ def run(decoder: Decoder, ids: list[int], count: int, end: int, drafts: int | No
             ids,
             Sampling(),
             count,
-            draft_tokens=drafts,
+            draft_tokens=None if isinstance(drafts, str) else drafts,
             stop={end},
             statistics=told,
         )
@@ -70,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("program", type=Path)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--draft-tokens", type=int, default=DRAFT_TOKENS)
+    parser.add_argument("--draft-tokens", type=int, help="default: the decoder's")
     parser.add_argument("--repeats", type=int, default=3)
     asked = parser.parse_args()
     decoder = open_decoder(asked.program, asked.threads)
@@ -88,7 +88,7 @@ def main() -> None:
         texts: list[list[int]] = [[], []]
         told = Statistics()
         for _ in range(asked.repeats):
-            for way, drafts in enumerate((None, asked.draft_tokens)):
+            for way, drafts in enumerate((None, asked.draft_tokens or "own")):
                 seconds, texts[way], told = run(decoder, ids, data["max_new_tokens"], end, drafts)
                 times[way].append(seconds)
         plain, drafted = (statistics.median(column) for column in times)

@@ -80,7 +80,7 @@ def test_a_targets_own_option_is_checked_and_reaches_it(work: Path, saved: Path)
     assert "did you mean activations?" in refused.stderr
     assert call(*order, "activations=int8").exit_code == 0
     manifest = json.loads(Path("out/planish.json").read_text())
-    assert manifest["target_options"] == {"activations": "int8"}
+    assert manifest["target_options"] == {"activations": "int8", "logits": "all"}
 
 
 def test_export_writes_a_folder_and_json(work: Path, saved: Path) -> None:
