@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,6 @@ from .demo_models import (
 )
 from .ir.errors import PlanishError
 from .ir.program_folder import save_program
-from .recipes import Step as RecipeStep
 from .recipes import find_recipe
 
 _SENTENCES, _LENGTH = 8, 32
@@ -91,6 +90,8 @@ def run_demo(folder: Path, recipes: list[str], force: bool) -> dict[str, Any]:
 
     write_bundle(folder, fill, force=force)
     show(f"{told['seconds']:.0f} s in all; the exported models are in {folder}")
+    generating = folder / f"{LANGUAGE_MODEL.name}-{Path(recipes[-1]).stem}"
+    show(f'try: planish generate {generating} --chat "What is the capital of France?"')
     return told
 
 
@@ -106,6 +107,9 @@ def _capture(model: DemoModel, aside: Path) -> Stage:
         program = trace(source, (), _example(model))
     seconds = time.perf_counter() - begun
     captured = save_program(program, aside / f"{model.name}-captured")
+    for file in source.iterdir():  # tokenizer and token ids go with the program into its exports
+        if file.suffix in (".json", ".jinja", ".txt") and not (captured / file.name).exists():
+            shutil.copyfile(file, captured / file.name)
     return Stage(model, source, captured, seconds, size)
 
 
@@ -125,21 +129,14 @@ def _example(model: DemoModel) -> dict[str, Tensor]:
     return {"input_ids": torch.arange(3, 17).reshape(2, 7)} if model is LANGUAGE_MODEL else {}
 
 
-def _with_cache(recipe: str, out: Path) -> str:
-    """The recipe and then insert_kv_cache, as a recipe file beside the export."""
-    chosen = find_recipe(recipe)
-    steps = (*chosen.steps, RecipeStep("insert_kv_cache"))
-    path = out.with_name(out.name + ".yaml")
-    path.write_text(replace(chosen, steps=steps).to_yaml(), encoding="utf-8")
-    return str(path)
-
-
 def _export(stage: Stage, recipe: str, out: Path) -> dict[str, Any]:
     told = out.with_name(out.name + ".json")
-    if stage.model is LANGUAGE_MODEL:
-        recipe = _with_cache(recipe, out)
     command = [sys.executable, "-m", "planish", "export", str(stage.captured), "--recipe", recipe]
     command += ["--target", "onnx", "--profile", "ort", "--out", str(out), "--json", str(told)]
+    if stage.model is LANGUAGE_MODEL:
+        command += ["--kv-cache"]
+    if any(step.name == "quantize_weights" for step in find_recipe(recipe).steps):
+        command += ["--target-set", "activations=int8"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     if ended.returncode:
         raise DemoFailed(
@@ -234,6 +231,7 @@ def _show_language(stage: Stage, rows: list[Row]) -> None:
     show(
         "original: PyTorch eager, float32; the others: the exported folder in onnxruntime\n"
         f"prefill: {SLICE} tokens at once; decode: {DECODE_FORM}\n"
+        "quantized ones round the activations of packed matmuls to 8 bits (activations=int8)\n"
         f"ppl, KL to the original (nats): of {SLICES * SLICE} tokens of English prose\n"
         "time, peak: of optimizing and writing, in a process of its own"
     )

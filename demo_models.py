@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -117,18 +116,15 @@ def eager_advance(module: nn.Module) -> Advance:
 
 
 def onnx_advance(folder: Path) -> Advance:
-    """An exported decoder with a KV cache in onnxruntime."""
-    from .codegen.run_onnx import OnnxModel
+    """An exported decoder with a KV cache in onnxruntime, for one text."""
+    from .decode_onnx import OnnxDecoder
 
-    model = OnnxModel(folder)
-    first, *caches = model.session.get_inputs()
+    decoder = OnnxDecoder(folder)
 
     def advance(ids: Tensor, kept: Any) -> tuple[Tensor, Any]:
         if kept is None:
-            kept = [np.zeros((len(ids), c.shape[1], 0, c.shape[3]), np.float32) for c in caches]
-        given = {cache.name: value for cache, value in zip(caches, kept, strict=True)}
-        logits, *kept = model.session.run(None, {first.name: ids.numpy(), **given})
-        return torch.from_numpy(logits), kept
+            decoder.rewind(0)
+        return decoder.advance(ids[0].tolist())[None], decoder
 
     return advance
 
