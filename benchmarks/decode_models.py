@@ -92,6 +92,11 @@ def _llama_cpp(path: Path, bits: int, python: str) -> None:
     subprocess.run([python, "-c", _QUANTIZE, *arguments], check=True, capture_output=True)
 
 
+def _llama_cpp_source(path: Path, bits: int, python: str) -> None:
+    """The model's own file, whose 4-bit weights nobody else keeps as they are."""
+    path.symlink_to(LANGUAGE_MODEL.path())
+
+
 def _openvino(path: Path, bits: int, python: str) -> None:
     """OpenVINO GenAI reads a GGUF file and keeps the model it makes beside it."""
     path.mkdir()
@@ -114,5 +119,6 @@ _MAKERS = {
     "OpenVINO int8": (_openvino, "openvino", 8, True),
     "OpenVINO int4": (_openvino, "openvino", 4, True),
     "llama.cpp Q8_0": (_llama_cpp, "llamacpp", 8, True),
+    "llama.cpp Q4_1 (the source file)": (_llama_cpp_source, "llamacpp", 4, True),
     "llama.cpp Q4_0": (_llama_cpp, "llamacpp", 4, True),
 }
