@@ -76,6 +76,8 @@ def generate(
         }
         if draft is not None:
             generator.drafter = _drafter(draft, sampling, threads)
+            if warned := rounding_note(folder):
+                err.print(warned, markup=False)
         stream = generator.stream(
             _prompt(generator, prompt, chat, ids),
             max_new_tokens=max_new_tokens,
@@ -113,6 +115,21 @@ def _write(text: str) -> None:
     except BrokenPipeError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from error
+
+
+def rounding_note(folder: Path) -> str | None:
+    """Why drafts may change a folder's text: tiny differences flip roundings to 8 bits."""
+    from .codegen.bundle import MANIFEST
+    from .tokenizer import read_json
+
+    options: Any = read_json(folder / MANIFEST).get("target_options", {})
+    if options.get("activations") != "int8":
+        return None
+    return (
+        "note: this folder rounds activations to 8 bits, one token at a time slightly otherwise "
+        "than several, so with --draft the text may differ; export without activations=int8 to "
+        "keep it the same"
+    )
 
 
 def _prompt(generator: Generator, prompt: str, chat: bool, ids: bool) -> str | list[int]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny_decoders as tiny
 from planish import cli
+from planish.cli_generate import rounding_note
 from planish.generator import Generator
 from typer.testing import CliRunner, Result
 
@@ -125,3 +126,10 @@ def test_refusals(
 def test_what_cannot_be_written_is_named_before_anything_runs(folder: Path, tmp_path: Path) -> None:
     ended = call("generate", folder, "the", "--json", tmp_path / "no" / "x.json")
     assert ended.exit_code == 2 and "OutputNotWritable" in ended.stderr and ended.stdout == ""
+
+
+def test_drafts_on_rounded_activations_are_warned_of(tmp_path: Path) -> None:
+    for activations, warned in (("int8", True), ("float", False)):
+        told = {"target_options": {"activations": activations}}
+        (tmp_path / "planish.json").write_text(json.dumps(told))
+        assert (rounding_note(tmp_path) is not None) == warned
