@@ -69,7 +69,8 @@ def export(
             "--target-set",
             metavar="OPTION=VALUE",
             help="Change an option of the target; onnx: activations=int8 (faster, rounds more), "
-            "logits=last (of a prompt only what generating reads).",
+            "logits=last (of a prompt only what generating reads), "
+            "attention=mha (MultiHeadAttention where it fits).",
         ),
     ] = None,
     kv_cache: Annotated[

@@ -42,13 +42,16 @@ def export(
     *,
     activations: str = "float",
     logits: str = "all",
+    attention: str = "onnx",
 ) -> dict[str, Any]:
     """Write `model.onnx` and `model.onnx.data` into an existing folder.
 
     profile: "ort" may use onnxruntime's own operators, "standard" only those of ONNX. activations:
     "float" computes what the program computes; "int8" lets onnxruntime round the activations of
     packed linears to 8 bits, which is faster and a loss on top of the weights' own. logits: "all",
-    or "last" for those of the last LAST positions, all that generating reads. metadata: told
+    or "last" for those of the last LAST positions, all that generating reads. attention: "onnx", or
+    "mha" for onnxruntime's MultiHeadAttention where it can say what is meant, for those of its
+    providers that know only that one (on a CPU it is no faster). metadata: told
     in the model's properties. Returns the manifest's section "decoder" for a program with a KV
     cache. Raises UnsupportedByTarget, WrongOption.
     """
@@ -59,7 +62,7 @@ def export(
             found=f'activations="int8" with profile={profile!r}',
             fix="leave activations out",
         )
-    options = Options(profile, activations)
+    options = Options(profile, activations, attention)
     if logits == "last":
         program = Pipeline([KeepLastLogits(LAST)], on_break="raise").run(program)
     lowered = lower(program, options)
@@ -125,5 +128,9 @@ TARGET = Target(
     export=export,
     profiles=("ort", "standard"),
     doc="model.onnx for onnxruntime (profile ort) or for any ONNX runtime (profile standard)",
-    options={"activations": ("float", "int8"), "logits": ("all", "last")},
+    options={
+        "activations": ("float", "int8"),
+        "logits": ("all", "last"),
+        "attention": ("onnx", "mha"),
+    },
 )

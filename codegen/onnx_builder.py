@@ -32,6 +32,7 @@ class Options:
 
     profile: str = "ort"
     activations: str = "float"
+    attention: str = "onnx"
 
     @property
     def contrib(self) -> bool:

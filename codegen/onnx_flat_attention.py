@@ -16,7 +16,7 @@ import torch
 from ..ir.edit import Editor, same_size, shape
 from ..ir.pattern import bound_arguments
 from ..ir.program import Node, Program
-from .onnx_builder import Value
+from .onnx_builder import BOOL, CONTRIB, Value
 from .onnx_call import Call, Table
 from .onnx_fused import FLAT_ATTENTION, FLAT_ROTARY
 from .onnx_group_query import Cached
@@ -100,6 +100,8 @@ def _flat_attention(call: Call) -> list[Any]:
         mask = whole_mask(call, "mask", queries, keys)
     else:
         flag, mask = False, attention_mask(call, queries, keys)
+    if _multi_head_says_it(call, mask):
+        return _multi_head(call, mask, flag)
     inputs = [call.value("q"), call.value("k"), call.value("v"), mask]
     inputs += [call.optional("past_key"), call.optional("past_value")]
     more: dict[str, Any] = {"scale": float(call["scale"]), "is_causal": int(flag)}
@@ -108,6 +110,21 @@ def _flat_attention(call: Call) -> list[Any]:
     if call["softcap"]:
         more["softcap"] = float(call["softcap"])
     return call.b.ops("Attention", inputs, [None] * (3 if cached else 1), **more)
+
+
+def _multi_head_says_it(call: Call, mask: Value | None) -> bool:
+    """As many key heads as heads, no cache, and no query that a boolean mask could blind."""
+    options = call.b.options
+    plain = call["past_key"] is None and not call["softcap"] and call.rank("q") == 3
+    wanted = options.contrib and options.attention == "mha" and call["heads"] == call["kv_heads"]
+    return bool(wanted and plain and (mask is None or mask.dtype != BOOL))
+
+
+def _multi_head(call: Call, mask: Value | None, causal: bool) -> list[Any]:
+    inputs = [call.value("q"), call.value("k"), call.value("v"), None, None, mask]
+    more: dict[str, Any] = {"num_heads": call["heads"], "scale": float(call["scale"])}
+    more["unidirectional"] = int(causal)
+    return call.b.ops("MultiHeadAttention", inputs, [None], CONTRIB, **more)
 
 
 def _flat_rotary(call: Call) -> Value:

@@ -178,7 +178,11 @@ def test_an_export_tells_what_it_is(program: Program, tmp_path: Path) -> None:
     told = json.loads((folder / MANIFEST).read_text())
     assert told["recipe"] == "exact" and told["options"] == {"smooth.alpha": 0.7}
     assert (told["target"], told["profile"]) == ("onnx", "ort")
-    assert told["target_options"] == {"activations": "float", "logits": "all"}
+    assert told["target_options"] == {
+        "activations": "float",
+        "logits": "all",
+        "attention": "onnx",
+    }
     assert told["inputs"] == [{"name": "input_1", "dtype": "f32", "shape": "[*, 7]"}]
     assert told["history"] == [] and told["parameters"] == 24
     assert set(told["files"]) <= {"model.onnx", "model.onnx.data"}

@@ -77,10 +77,14 @@ def test_a_targets_own_option_is_checked_and_reaches_it(work: Path, saved: Path)
     order = ("export", saved, "--recipe", "small.yaml", "--out", "out", "--target-set")
     refused = call(*order, "activation=int8")
     assert refused.exit_code == 2
-    assert "did you mean activations?" in refused.stderr
+    assert "did you mean activations or attention?" in refused.stderr
     assert call(*order, "activations=int8").exit_code == 0
     manifest = json.loads(Path("out/planish.json").read_text())
-    assert manifest["target_options"] == {"activations": "int8", "logits": "all"}
+    assert manifest["target_options"] == {
+        "activations": "int8",
+        "logits": "all",
+        "attention": "onnx",
+    }
 
 
 def test_export_writes_a_folder_and_json(work: Path, saved: Path) -> None:

@@ -31,6 +31,23 @@ def test_heads_are_never_moved(name: str, profile: str, tmp_path: Path) -> None:
     assert_equal_to_rounding(program, folder, flat)
 
 
+@pytest.mark.parametrize(("name", "wanted"), [("vit", 2), ("gpt2", 2), ("bert", 0), ("llama", 0)])
+def test_multi_head_attention_on_demand(name: str, wanted: int, tmp_path: Path) -> None:
+    """Not where a boolean mask may blind a query (bert), nor for grouped heads (llama)."""
+    sample = captured.sample(name, "sdpa")
+    if name == "gpt2":
+        ids = {"input_ids": sample.kwargs["input_ids"]}
+        program = optimize(capture_module(sample.model, (), ids), recipe="exact").program
+        flat: list[Any] = [torch.randint(3, 97, (3, 11))]
+    else:
+        program = optimize(captured.captured(name), recipe="exact").program
+        flat = program.flatten_inputs((), sample.other_inputs())
+    folder = exported(program, tmp_path / "out", options={"attention": "mha"})
+    counts = op_counts(folder)
+    assert (counts["MultiHeadAttention"], counts["Attention"]) == (wanted, 2 - wanted)
+    assert_equal_to_rounding(program, folder, flat)
+
+
 class _Angles(nn.Module):
     """Angles of places counted from `past`, of one kind or another."""
 
