@@ -108,11 +108,12 @@ def test_help_loads_no_torch() -> None:
     assert run_python(code) == "False"
 
 
-def test_the_interface_loads_neither_the_onnx_exporter_nor_triton() -> None:
+def test_the_interface_loads_neither_the_onnx_exporter_nor_triton_kernels() -> None:
+    """torch itself imports triton where that is installed, so it is our kernels that count."""
     code = (
         "import sys; from planish import trace, optimize, explain, Program; "
-        "print([m for m in sys.modules if m.split('.')[0] in "
-        "('onnx', 'onnx_ir', 'onnxscript', 'onnxruntime', 'triton', 'transformers')])"
+        "print([m for m in sys.modules if m == 'planish.kernels.activation' or m.split('.')[0] in "
+        "('onnx', 'onnx_ir', 'onnxscript', 'onnxruntime', 'transformers')])"
     )
     assert run_python(code) == "[]"
 
