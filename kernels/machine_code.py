@@ -26,12 +26,12 @@ class UnreadableCode(PlanishError):
 
 @dataclass(frozen=True)
 class MachineCode:
-    """registers of a thread (AMD: vector registers, `accumulators` and scalar ones beside them).
+    """registers of a thread (AMD: vector registers, `accumulators` and `scalars` beside them).
 
-    stack: bytes of local memory of a thread (AMD: scratch); spills: loads and stores of it (AMD:
-    vector registers spilled), scalar_spills: AMD only. counts: instructions by kind, see
-    instruction_kinds; loop: the instructions of the inner loop with the most matrix instructions,
-    or () where no loop has any; loop_counts: theirs by kind.
+    stack: bytes of local memory of a thread (AMD: scratch). spills: loads and stores of it (AMD:
+    vector registers spilled; scalar_spills: scalar ones). waves: that fit on a SIMD unit by the
+    compiler's word (AMD). counts: instructions by kind, see instruction_kinds. loop: the inner loop
+    with the most matrix instructions, () where no loop has any; loop_counts: its kinds.
     """
 
     arch: str
@@ -41,6 +41,7 @@ class MachineCode:
     accumulators: int
     scalars: int
     scalar_spills: int
+    waves: int
     code: Loop
     counts: Mapping[str, int]
     loop: Loop
@@ -153,6 +154,7 @@ def _nvidia(text: str, name: str, counts: Mapping[str, int]) -> dict[str, int]:
         "accumulators": 0,
         "scalars": 0,
         "scalar_spills": 0,
+        "waves": 0,
     }
 
 
@@ -166,6 +168,7 @@ def _amd(assembly: str) -> dict[str, int]:
         "scalar_spills": "sgpr_spill_count",
     }
     found = {k: re.search(rf"\.{name}:\s+(\d+)", assembly) for k, name in names.items()}
+    found["waves"] = re.search(r"; Occupancy:\s+(\d+)", assembly)
     return {k: int(match.group(1)) if match else 0 for k, match in found.items()}
 
 
