@@ -77,13 +77,12 @@ class Arithmetic:
 
     def _operation(self, original: Any, builder: Any, *operands: Any) -> Any:
         *handles, function = operands
-        with np.errstate(all="ignore"):
-            if function is np.where or function in _BITWISE or not self._is_bf16(handles[-1]):
-                result = original(builder, *operands)
-                if result.data.dtype == np.bool_:
-                    return self._handle(result.data, result.dtype)
-                return result
-            return self._handle(function(*map(self._floats, handles)), handles[-1].dtype)
+        if function is np.where or function in _BITWISE or not self._is_bf16(handles[-1]):
+            result = original(builder, *operands)
+            if result.data.dtype == np.bool_:
+                return self._handle(result.data, result.dtype)
+            return result
+        return self._handle(function(*map(self._floats, handles)), handles[-1].dtype)
 
     def _fma(self, original: Any, builder: Any, x: Any, y: Any, z: Any) -> Any:
         if not self._is_bf16(z):
@@ -97,14 +96,13 @@ class Arithmetic:
         return self._module.TensorHandle(exact.astype(x.data.dtype), x.dtype.scalar)
 
     def _cast(self, original: Any, builder: Any, source: Any, wanted: Any) -> Any:
-        with np.errstate(all="ignore"):
-            if wanted.scalar == self._tl.bfloat16:
-                return self._handle(self._floats(source).astype(np.float32), wanted)
-            if self._is_bf16(source):
-                source = self._handle(self._floats(source), self._tl.float32)
-                if wanted.scalar == self._tl.float32:
-                    return source
-            return original(builder, source, wanted)
+        if wanted.scalar == self._tl.bfloat16:
+            return self._handle(self._floats(source).astype(np.float32), wanted)
+        if self._is_bf16(source):
+            source = self._handle(self._floats(source), self._tl.float32)
+            if wanted.scalar == self._tl.float32:
+                return source
+        return original(builder, source, wanted)
 
     def _float_to_float(
         self, original: Any, builder: Any, source: Any, wanted: Any, rounding: Any
@@ -121,8 +119,7 @@ class Arithmetic:
         return original(builder, source, wanted, rounding)
 
     def _cast_from_float32(self, values: Array, wanted: Any) -> Any:
-        with np.errstate(all="ignore"):
-            values = values.astype(np.float16) if wanted.scalar.name == "fp16" else values
+        values = values.astype(np.float16) if wanted.scalar.name == "fp16" else values
         return self._handle(values, wanted)
 
     def _dot(
@@ -131,8 +128,7 @@ class Arithmetic:
         left, right = self._floats(a), self._floats(b)
         if left.dtype == np.float32 and "IEEE" not in str(precision) and self._rounds_to_tf32(a):
             left, right = tf32_values(left), tf32_values(right)
-        with np.errstate(all="ignore"):
-            product = np.matmul(left, right, dtype=sums.data.dtype) + sums.data
+        product = np.matmul(left, right, dtype=sums.data.dtype) + sums.data
         return self._module.TensorHandle(product, sums.dtype.scalar)
 
     def _rounds_to_tf32(self, operand: Any) -> bool:
@@ -150,16 +146,14 @@ class Arithmetic:
         return self._tl.core.tensor(handle, self._tl.block_type(dtype, shape) if shape else dtype)
 
     def _sum(self, original: Any, reduction: Any, tensor: Any) -> Any:
-        with np.errstate(all="ignore"):
-            if not self._is_bf16(tensor.handle):
-                return original(reduction, tensor)
-            return self._encoded(original(reduction, self._decoded(tensor)))
+        if not self._is_bf16(tensor.handle):
+            return original(reduction, tensor)
+        return self._encoded(original(reduction, self._decoded(tensor)))
 
     def _cumulated(self, original: Any, scan: Any, tensor: Any) -> Any:
-        with np.errstate(all="ignore"):
-            if not self._is_bf16(tensor.handle):
-                return original(scan, tensor)
-            return [self._encoded(part) for part in original(scan, self._decoded(tensor))]
+        if not self._is_bf16(tensor.handle):
+            return original(scan, tensor)
+        return [self._encoded(part) for part in original(scan, self._decoded(tensor))]
 
     def _min_max(
         self,

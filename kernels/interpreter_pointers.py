@@ -152,7 +152,8 @@ class Pointers:
     def _run(self, original: Any, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """A launch; OutOfBounds comes out as itself and not as the text of another error."""
         try:
-            return original(executor, *args, **kwargs)
+            with np.errstate(all="ignore"):
+                return original(executor, *args, **kwargs)
         except self._module.InterpreterError as error:
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, OutOfBounds):
