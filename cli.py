@@ -1,4 +1,4 @@
-"""The command line: demo, export, explain, generate, passes, recipes.
+"""The command line: demo, export, explain, generate, passes, recipes, verify-kernel.
 
 torch is imported by the commands that need it, so that `planish --help` answers at once.
 """
@@ -166,6 +166,42 @@ def demo(
         from .demo import run_demo
 
         write_json(json_file, run_demo(out, [name.strip() for name in recipes.split(",")], force))
+
+
+@app.command("verify-kernel")
+def verify_kernel(
+    kernel: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE",
+            help="A python file that declares SPEC, a shipped kernel's name, or all.",
+        ),
+    ],
+    rungs: Annotated[
+        str, typer.Option(metavar="0-5", help="Which rungs to climb: 0-5, or 1,4.")
+    ] = "0-5",
+    arch: Annotated[
+        str | None, typer.Option(metavar="sm_80,...", help="Architectures; all by default.")
+    ] = None,
+    case: Annotated[
+        str, typer.Option(metavar="TEXT", help="Only cases and forms with TEXT in their name.")
+    ] = "",
+    json_file: Json = None,
+) -> None:
+    """Verify a Triton kernel without a GPU.
+
+    Rung 0: the operation through torch.export and ONNX. 1: the kernel interpreted, every address
+    checked. 2, 3: compiled for every architecture, within budgets. 4: its compiled code executed
+    on the CPU. 5: broken copies of that code, which must be caught. Exit code 1: a rung failed.
+    """
+    with speaking_plainly():
+        check_json_target(json_file)
+        from .cli_verify_kernel import verify
+
+        result = verify(kernel, rungs, arch, case)
+        write_json(json_file, result)
+    if not result["ok"]:
+        raise typer.Exit(1)
 
 
 app.command()(generate)

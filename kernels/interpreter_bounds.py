@@ -43,7 +43,7 @@ class Extent:
         outside = (places < self.low - self.start) | (places + nbytes > self.high - self.start)
         where = int(places[outside].flat[0]) // nbytes
         raise OutOfBounds(
-            f"a {what} through {self.text} leaves it: "
+            f"{what} through {self.text} leaves it: "
             f"{int(outside.sum())} of {addresses.size} active addresses lie outside",
             where=f"program {program}, the first at element {where}",
             expected=f"elements 0 to {(self.high - self.start) // nbytes - 1}",

@@ -23,7 +23,6 @@ _EXTENT = "planish_extent"
 _KEEP_THE_POINTER = (
     "create_addptr",
     "create_splat",
-    "create_unsplat",
     "create_broadcast",
     "create_expand_dims",
     "create_reshape",
@@ -115,7 +114,7 @@ class Pointers:
             inside |= (addresses >= extent.low) & (addresses + np.uint64(nbytes) <= extent.high)
         if not inside.all():
             raise OutOfBounds(
-                f"a {what} leaves every tensor of the launch: "
+                f"{what} leaves every tensor of the launch: "
                 f"{int((~inside).sum())} of {addresses.size} active addresses lie outside",
                 where=f"program {program}",
             )
@@ -123,13 +122,13 @@ class Pointers:
     def _load(
         self, original: Any, builder: Any, pointers: Any, mask: Any, *rest: Any, **named: Any
     ) -> Any:
-        self._check(pointers, mask, "load")
+        self._check(pointers, mask, "a load")
         return original(builder, pointers, mask, *rest, **named)
 
     def _store(
         self, original: Any, builder: Any, pointers: Any, value: Any, mask: Any, *rest: Any
     ) -> Any:
-        self._check(pointers, mask, "store")
+        self._check(pointers, mask, "a store")
         return original(builder, pointers, value, mask, *rest)
 
     def _atomic(
@@ -142,11 +141,11 @@ class Pointers:
         mask: Any,
         *how: Any,
     ) -> Any:
-        self._check(pointers, mask, "atomic operation")
+        self._check(pointers, mask, "an atomic operation")
         return original(builder, kind, pointers, value, mask, *how)
 
     def _swap(self, original: Any, builder: Any, pointers: Any, *rest: Any) -> Any:
-        self._check(pointers, None, "atomic operation")
+        self._check(pointers, None, "an atomic operation")
         return original(builder, pointers, *rest)
 
     def _run(self, original: Any, executor: Any, *args: Any, **kwargs: Any) -> Any:
