@@ -17,7 +17,7 @@ import triton
 from ..ir.errors import PlanishError
 from .aot import Compiled
 from .instruction_kinds import MATRIX, count
-from .machine_loops import Instruction, Loop, natural_loops
+from .machine_loops import Instruction, Loop, NaturalLoop, natural_loops
 
 
 class UnreadableCode(PlanishError):
@@ -31,7 +31,8 @@ class MachineCode:
     stack: bytes of local memory of a thread (AMD: scratch). spills: loads and stores of it (AMD:
     vector registers spilled; scalar_spills: scalar ones). waves: that fit on a SIMD unit by the
     compiler's word (AMD). counts: instructions by kind, see instruction_kinds. loop: the inner loop
-    with the most matrix instructions, () where no loop has any; loop_counts: its kinds.
+    with the most matrix instructions, () where no loop has any; loop_counts: its kinds; always: of
+    the loop what every trip runs.
     """
 
     arch: str
@@ -46,6 +47,7 @@ class MachineCode:
     counts: Mapping[str, int]
     loop: Loop
     loop_counts: Mapping[str, int]
+    always: Loop
 
     @property
     def matrix(self) -> dict[str, int]:
@@ -58,7 +60,8 @@ def read_machine_code(compiled: Compiled) -> MachineCode:
     nvidia = compiled.arch.startswith("sm_")
     text = _cuobjdump(compiled) if nvidia else compiled.assembly
     code = sass(text, compiled.name) if nvidia else gcn(text)
-    loop = inner_loop(code, nvidia)
+    found = inner_loop(code, nvidia)
+    loop = _picked(code, found.places)
     counts = count(code, nvidia)
     figures = _nvidia(text, compiled.name, counts) if nvidia else _amd(text)
     return MachineCode(
@@ -67,18 +70,22 @@ def read_machine_code(compiled: Compiled) -> MachineCode:
         counts=counts,
         loop=loop,
         loop_counts=count(loop, nvidia),
+        always=_picked(code, found.always),
         **figures,
     )
 
 
-def inner_loop(code: Loop, nvidia: bool) -> Loop:
+def inner_loop(code: Loop, nvidia: bool) -> NaturalLoop:
     """The loop with the most matrix instructions among those that hold no other such loop."""
-    loops = [(places, _matrix(code, places, nvidia)) for places in natural_loops(code)]
-    busy = [(places, number) for places, number in loops if number]
-    inner = [(p, n) for p, n in busy if not any(other < p for other, _ in busy)]
+    loops = [(loop, _matrix(code, loop.places, nvidia)) for loop in natural_loops(code)]
+    busy = [(loop, number) for loop, number in loops if number]
+    inner = [(a, n) for a, n in busy if not any(b.places < a.places for b, _ in busy)]
     if not inner:
-        return ()
-    places, _ = max(inner, key=lambda one: (one[1], -len(one[0])))
+        return NaturalLoop(frozenset(), frozenset())
+    return max(inner, key=lambda one: (one[1], -len(one[0].places)))[0]
+
+
+def _picked(code: Loop, places: frozenset[int]) -> Loop:
     return tuple(code[place] for place in sorted(places))
 
 

@@ -26,18 +26,32 @@ class Instruction:
 Loop = tuple[Instruction, ...]
 
 
-def natural_loops(code: Sequence[Instruction]) -> list[frozenset[int]]:
-    """The loops, each as the places of its instructions; loops with one head are one."""
+@dataclass(frozen=True)
+class NaturalLoop:
+    """places: of its instructions; always: of those that every trip runs."""
+
+    places: frozenset[int]
+    always: frozenset[int]
+
+
+def natural_loops(code: Sequence[Instruction]) -> list[NaturalLoop]:
+    """The loops; those with one head are one."""
     starts = _block_starts(code)
     blocks = [range(a, b) for a, b in zip(starts, [*starts[1:], len(code)], strict=True)]
     follow = _successors(code, starts, blocks)
     dominators = _dominators(follow)
     bodies: dict[int, set[int]] = {}
+    always: dict[int, set[int]] = {}
     for block, after in enumerate(follow):
         for head in after:
             if block in dominators and head in dominators[block]:
                 bodies.setdefault(head, {head}).update(_body(follow, head, block))
-    return [frozenset(i for block in body for i in blocks[block]) for body in bodies.values()]
+                always[head] = always.get(head, bodies[head]) & dominators[block]
+
+    def places(chosen: set[int]) -> frozenset[int]:
+        return frozenset(place for block in chosen for place in blocks[block])
+
+    return [NaturalLoop(places(b), places(b & always[head])) for head, b in bodies.items()]
 
 
 def _block_starts(code: Sequence[Instruction]) -> list[int]:

@@ -27,7 +27,8 @@ def listing(*lines: str) -> str:
 
 
 def loop_of(*lines: str) -> list[str]:
-    return [i.text for i in inner_loop(sass(listing(*lines), "k"), nvidia=True)]
+    code = sass(listing(*lines), "k")
+    return [code[place].text for place in sorted(inner_loop(code, nvidia=True).places)]
 
 
 HMMA = "HMMA.16816.F32 R4, R8.reuse, R2, R4"
@@ -73,9 +74,11 @@ def test_a_slow_path_behind_the_end_belongs_to_its_loop_and_makes_none() -> None
 
 
 def test_a_branch_with_its_condition_inside_goes_on() -> None:
+    """What is jumped over is of the loop, but not of every trip."""
     code = sass(listing("BRA.U !UP0, 0x20", HMMA, "BRA.U UP1, 0x0", "EXIT"), "k")
     assert [i.ends for i in code] == [False, False, False, True]
-    assert natural_loops(code) == [frozenset({0, 1, 2})]
+    assert [loop.places for loop in natural_loops(code)] == [frozenset({0, 1, 2})]
+    assert [loop.always for loop in natural_loops(code)] == [frozenset({0, 2})]
 
 
 def test_instructions_of_several_kinds() -> None:
@@ -130,10 +133,8 @@ k:
 \t.amdhsa_kernel k
 """
     code = gcn(text)
-    assert [i.opcode for i in inner_loop(code, nvidia=False)] == [
-        "v_mfma_f32_32x32x8_f16",
-        "s_cbranch_scc1",
-    ]
+    assert inner_loop(code, nvidia=False).places == {1, 2}
+    assert code[1].opcode == "v_mfma_f32_32x32x8_f16"
     assert len(code) == 4
 
 
