@@ -1,4 +1,4 @@
-"""The command line: demo, export, explain, generate, passes, recipes, verify-kernel.
+"""The command line: bench, demo, export, explain, generate, passes, recipes, verify-kernel.
 
 torch is imported by the commands that need it, so that `planish --help` answers at once.
 """
@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__
+from .cli_bench import bench
 from .cli_generate import generate
 from .cli_print import INTERRUPTED, check_json_target, show, speaking_plainly, write_json
 
@@ -205,6 +206,7 @@ def verify_kernel(
 
 
 app.command()(generate)
+app.add_typer(bench, name="bench")
 
 
 def _terminated(signum: int, frame: Any) -> None:
