@@ -34,7 +34,8 @@ class Target:
     """A kind of artifact that a program can be written as.
 
     profiles: the first is the default. options: further keywords of `export` and their allowed
-    values, the first of each the default.
+    values, the first of each the default. open_options: keywords whose values are no list: the
+    default as text, and what reads such a text (or raises WrongOption or UnknownOption).
     """
 
     name: str
@@ -42,6 +43,9 @@ class Target:
     profiles: tuple[str, ...]
     doc: str
     options: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    open_options: Mapping[str, tuple[str, Callable[[str], Any]]] = field(
+        default_factory=dict[str, tuple[str, Callable[[str], Any]]]
+    )
 
     def checked_profile(self, profile: str | None) -> str:
         """The profile, or the default one; raises UnknownOption."""
@@ -53,9 +57,14 @@ class Target:
     def checked_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """All options, defaults filled in; raises UnknownOption, WrongOption."""
         chosen: dict[str, Any] = {name: values[0] for name, values in self.options.items()}
+        for name, (default, read) in self.open_options.items():
+            chosen[name] = read(str(options.get(name, default)))
         for name, value in options.items():
+            if name in self.open_options:
+                continue
             if name not in self.options:
-                raise UnknownOption.named(name, self.options, f"options of target {self.name}")
+                known = [*self.options, *self.open_options]
+                raise UnknownOption.named(name, known, f"options of target {self.name}")
             if value not in self.options[name]:
                 raise WrongOption(
                     f"option {name} of target {self.name} has no value {value!r}",

@@ -21,8 +21,13 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 _LIBRARY = torch.library.Library("planish", "DEF")
 
 
+REFERENCES: dict[str, Callable[..., Tensor]] = {}
+"""The reference of every semantic operation, by its name without namespace."""
+
+
 def _define(schema: str, reference: Callable[..., Tensor]) -> None:
     name = schema.split("(", 1)[0]
+    REFERENCES[name] = reference
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, reference, "CompositeImplicitAutograd")
 
