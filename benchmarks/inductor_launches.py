@@ -2,9 +2,9 @@
 
     python benchmarks/inductor_launches.py [--rows 4096] [--width 4096] [--wide 8192] [--code]
 
-No GPU is needed and nothing is run: Inductor writes its CUDA code for fake tensors, and what it asks
-of a GPU is answered as by an H100. That leans on some twenty private names of torch 2.13, so this
-is a tool, not a test. The graph goes straight to Inductor's lowering, without its passes over
+No GPU is needed and nothing is run: Inductor writes its CUDA code for fake tensors, and what it
+asks of a GPU is answered as by an H100. That leans on some twenty private names of torch 2.13, so
+this is a tool, not a test. The graph goes straight to Inductor's lowering, without its passes over
 graphs and without autotuned matmuls. It is: RMS norm, matmul, SiLU, softmax, in float16.
 
 Bytes: every tensor that a launch reads or writes, once. Both sides may move more than that.
