@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..ir.edit import Editor, same_size
 from ..ir.encoded import Encoded
@@ -120,6 +122,20 @@ def emit(editor: Editor, spec: TritonSpec, call: Mapping[str, Any], place: Node)
     node.meta["val"] = place.meta["val"]
     node.meta["stands_for"] = place.name
     return node
+
+
+def emit_several(
+    editor: Editor, spec: TritonSpec, call: Mapping[str, Any], place: Node
+) -> tuple[Node, ...]:
+    """A call of a kernel with several results, and the nodes that take each from it."""
+    node = emit(editor, spec, call, place)
+    with editor.mode, torch.no_grad():
+        values: tuple[Tensor, ...] = node.target(**fake(call))  # type: ignore[operator]
+    node.meta["val"] = values
+    items = [editor.graph.call_function(operator.getitem, (node, i)) for i in range(len(values))]
+    for made, value in zip(items, values, strict=True):
+        made.meta = {"module": node.meta["module"], "val": value}
+    return tuple(items)
 
 
 def declined(spec: TritonSpec, archs: Sequence[str], call: Mapping[str, Any]) -> str | None:

@@ -11,6 +11,7 @@ from ..ir.edit import Editor
 from ..ir.program import Node, Program
 from ..ir.text import value_names
 from .find_regions import find_regions, saved_bytes
+from .gpu_attention import lower_attentions, lower_rotaries
 from .gpu_products import fuse_epilogues, lower_products
 from .kernel_call import KernelCall
 from .region import Region, cut_region, put_region
@@ -43,6 +44,8 @@ def lower_for_triton(program: Program, archs: Sequence[str] = ("sm_80",)) -> Tri
         node.meta["named"] = name  # for whoever reads what a kernel was made of
     editor = Editor(lowered)
     sentences = lower_products(editor, archs)
+    sentences += lower_rotaries(editor, archs)
+    sentences += lower_attentions(editor, archs)
     editor.sweep()
     fuse_epilogues(editor)
     result = TritonLowering(lowered, sentences)
