@@ -9,6 +9,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from ..ir.errors import PlanishError
 from .aot import KernelDoesNotCompile, compile_launch
 from .launch import Config, Launch
@@ -17,6 +19,7 @@ from .occupancy import occupancy
 from .triton_spec import ARCHS, Arguments, Form, TritonSpec
 
 MOST_PROCESSES = 2
+_WIDE = 16
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,17 @@ class Entry:
 
 @dataclass(frozen=True)
 class Measured:
-    """launches: figures by the launch's key in the budget; failure: why it does not compile."""
+    """launches: figures by the launch's key in the budget; failure: why it does not compile.
+
+    unaligned: keys of launches that read or write rows which do not begin at multiples of 16 bytes,
+    so that no hint makes their loads wide.
+    """
 
     entry: Entry
     expects: str
     launches: Mapping[str, Figures]
     failure: str = ""
+    unaligned: frozenset[str] = frozenset()
 
 
 def measure(spec: TritonSpec, archs: Sequence[str] = ARCHS) -> list[Measured]:
@@ -151,11 +159,22 @@ def _measure_one(
     entry = Entry(spec.name, form.name, config.name, arch, hints)
     try:
         launches = spec.plan(**arguments, config=config, arch=arch).launches
-        named = zip(_names(launches), launches, strict=True)
-        figures = {entry.key(name): figures_of(launch, arch, hints) for name, launch in named}
+        named = dict(zip(map(entry.key, _names(launches)), launches, strict=True))
+        figures = {key: figures_of(launch, arch, hints) for key, launch in named.items()}
     except PlanishError as error:
         return Measured(entry, form.expects, {}, failure=_why(error))
-    return Measured(entry, form.expects, figures)
+    unaligned = frozenset(key for key, launch in named.items() if not _aligned_rows(launch))
+    return Measured(entry, form.expects, figures, unaligned=unaligned)
+
+
+def _aligned_rows(launch: Launch) -> bool:
+    return all(
+        step * tensor.element_size() % _WIDE == 0
+        for tensor in launch.args.values()
+        if isinstance(tensor, Tensor)
+        for step, size in zip(tensor.stride(), tensor.shape, strict=True)
+        if size > 1 and step != 1
+    )
 
 
 def _why(error: PlanishError) -> str:
