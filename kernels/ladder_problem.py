@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ir.errors import PlanishError
 from .ladder_judge import Judgement, judge
 from .ladder_result import Outcome
 from .launch import Plan
@@ -86,10 +87,13 @@ def cases_for(
 
 
 def _sentence(error: Exception) -> str:
-    """What went wrong, in one line, with the place if the error knows it."""
-    where = getattr(error, "where", "")
-    text = " ".join(str(error).split("\n  where:")[0].split())[:400]
-    return f"{type(error).__name__}: {text}" + (f" ({where})" if where else "")
+    """What went wrong, in one line, with what was found and where if the error knows it."""
+    kind = type(error).__name__
+    if not isinstance(error, PlanishError):
+        return f"{kind}: {' '.join(str(error).split())[:400]}"
+    found = " ".join(error.found.split())[-400:]
+    where = " ".join(error.where.split())
+    return f"{kind}: {error.what}" + (f": {found}" if found else "") + (f" ({where})" * bool(where))
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

@@ -101,6 +101,8 @@ def conclude(kernel: str, rung: int, outcomes: Iterable[Outcome]) -> RungResult:
 def _summary(rung: int, done: list[Outcome]) -> str:
     total = {name: sum(one.figures.get(name, 0) for one in done) for name in _COUNTED[rung]}
     counted = "".join(f", {total[name]:,} {name}" for name in _COUNTED[rung])
+    survivors = [name for one in done for name in one.figures.get("survivors", ())]
+    counted += f"; not: {', '.join(survivors)}" if survivors else ""
     noun = _NOUNS[rung] if len(done) == 1 else f"{_NOUNS[rung]}s"
     return f"{len(done)} {noun}{counted}"
 
@@ -111,6 +113,6 @@ _COUNTED: tuple[tuple[str, ...], ...] = (
     (),
     (),
     (),
-    ("instructions", "races"),
+    ("instructions", "races", "shared wavefronts", "shared wavefronts at best"),
     ("broken copies", "caught"),
 )

@@ -150,6 +150,24 @@ def a_float_argument_is_a_float32() -> str | None:
 
 
 @triton.jit
+def integer_kernel(OUT, n):
+    tl.store(OUT, n.to(tl.int64) + 1)
+
+
+@check
+def an_argument_of_1_is_a_constant() -> str | None:
+    """As Triton compiles it: such a kernel works for 2 rows and not for 1."""
+    out = torch.zeros(1, dtype=torch.int64)
+    integer_kernel[(1,)](out, 2)
+    wrong = differ(out, torch.tensor([3]))
+    try:
+        integer_kernel[(1,)](out, 1)
+    except Exception as error:
+        return wrong or (None if "'int' object has no attribute 'to'" in str(error) else str(error))
+    return "was taken for a tensor"
+
+
+@triton.jit
 def fma_kernel(X, OUT):
     at = tl.arange(0, 1)
     x = tl.load(X + at)

@@ -155,7 +155,7 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_kernels_compute_as_torch_does(interpreted: dict[str, Any]) -> None:
     said = interpreted["repaired"]
-    assert len(said) == 26
+    assert len(said) == 27
     assert {name: text for name, text in said.items() if text} == {}
 
 

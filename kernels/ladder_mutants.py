@@ -1,0 +1,148 @@
+"""Rung 5: compiled code with one mistake put in, which rung 4 must notice: is the oracle blind?
+
+A broken copy is caught by an error, a race or a wrong result. One that is not may be equal to the
+original (a barrier that nothing needs), so a fifth may survive, but no kind of mistake as a whole.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from time import perf_counter
+
+from .aot import Compiled, KernelDoesNotCompile, compile_launch
+from .ladder_execute import Ran, run_case
+from .ladder_judge import Judgement
+from .ladder_problem import Ask, arguments_of, cases_for, left_out, plan_of, tried
+from .ladder_result import Outcome
+from .ptx_errors import UnsupportedInstruction
+from .ptx_mutants import Mutant, mutants
+from .triton_spec import Case, TritonSpec
+
+RUNG = 5
+
+SURVIVORS = 0.2
+"""The share of broken copies that may go unnoticed."""
+
+_PATIENCE = 4
+"""A broken copy may execute that many times the instructions of the original."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A case compiled for an architecture, and the broken copies of its launches by place."""
+
+    case: Case
+    arch: str
+    compiled: dict[int, Compiled]
+    copies: tuple[tuple[int, Mutant], ...]
+    size: int
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        return frozenset(kind_of(copy) for _, copy in self.copies)
+
+
+def climb(spec: TritonSpec, ask: Ask) -> Iterator[Outcome]:
+    """The broken copies of one program for each architecture that is executed."""
+    caught: dict[str, int] = defaultdict(int)
+    missed: dict[str, int] = defaultdict(int)
+    programs = _chosen(spec, ask)
+    for program in programs:
+        yield _climb_one(spec, program, caught, missed)
+    if not programs:
+        yield left_out(spec, RUNG, "broken copies", "no case is executed from its compiled code")
+    blind = sorted(kind for kind in missed if not caught[kind])
+    if blind:
+        verdict = Judgement(False, f"none was caught of: {', '.join(blind)}")
+        yield tried(spec, RUNG, "kinds of mistakes", "", lambda: (verdict, {}))
+
+
+def kind_of(copy: Mutant) -> str:
+    """The mistake of a broken copy without the place of it."""
+    return re.sub(r" \d+\b", "", copy.name)
+
+
+def _chosen(spec: TritonSpec, ask: Ask) -> list[Program]:
+    """For each architecture the case whose code can be broken in most ways, then the smallest."""
+    cases = [case for case, skipped in cases_for(spec, RUNG, "ptx", ask) if not skipped]
+    chosen: list[Program] = []
+    for arch in ask.archs:
+        serving = [case for case in cases if arch in case.archs]
+        programs = [found for case in serving if (found := _program(spec, case, arch))]
+        if programs:
+            chosen.append(max(programs, key=lambda one: (len(one.kinds), -one.size)))
+    return chosen
+
+
+def _program(spec: TritonSpec, case: Case, arch: str) -> Program | None:
+    """None where there is nothing to break."""
+    arguments = arguments_of(case)
+    if spec.why_not(arch, **arguments):
+        return None
+    launches = plan_of(spec, case, arguments, arch).launches
+    run = {place: launch for place, launch in enumerate(launches) if 0 not in launch.grid}
+    try:
+        compiled = {place: compile_launch(launch, arch) for place, launch in run.items()}
+    except KernelDoesNotCompile:  # rung 4 tells
+        return None
+    copies = [(place, copy) for place, code in compiled.items() for copy in mutants(code.ptx)]
+    size = sum(_blocks(run[place].grid) * len(code.ptx) for place, code in compiled.items())
+    return Program(case, arch, compiled, tuple(copies), size) if copies else None
+
+
+def _blocks(grid: tuple[int, ...]) -> int:
+    blocks = 1
+    for size in grid:
+        blocks *= size
+    return blocks
+
+
+def _climb_one(
+    spec: TritonSpec, program: Program, caught: dict[str, int], missed: dict[str, int]
+) -> Outcome:
+    started = perf_counter()
+    case, arch = program.case, program.arch
+    whole = tried(spec, RUNG, case.name, arch, lambda: _whole(spec, program))
+    if whole.status != "ok":
+        return whole
+    survivors: list[str] = []
+    limit = _PATIENCE * max(1000, whole.figures["instructions"])
+    for place, copy in program.copies:
+        how = _how_caught(spec, program, place, copy, limit)
+        if how is None:
+            survivors.append(copy.name)
+        (missed if how is None else caught)[kind_of(copy)] += 1
+    total = len(program.copies)
+    sentence = f"{total - len(survivors)} of {total} broken copies caught"
+    sentence += f"; not: {', '.join(survivors)}" if survivors else ""
+    status = "ok" if len(survivors) <= SURVIVORS * total else "failed"
+    figures = {"broken copies": total, "caught": total - len(survivors), "survivors": survivors}
+    seconds = perf_counter() - started
+    return Outcome(spec.name, RUNG, case.name, status, sentence, arch, seconds, figures)
+
+
+def _whole(spec: TritonSpec, program: Program) -> tuple[Judgement, dict[str, int]]:
+    ran = run_case(spec, program.case, program.arch, known=program.compiled)
+    verdict = ran.verdict
+    told = verdict.sentence if verdict.right else f"the unbroken code fails: {verdict.sentence}"
+    return Judgement(verdict.right, told), ran.counts
+
+
+def _how_caught(
+    spec: TritonSpec, program: Program, place: int, copy: Mutant, limit: int
+) -> str | None:
+    """What gives a broken copy away, or None. One that cannot be executed is not caught."""
+
+    def change(at: int, ptx: str) -> str:
+        return copy.ptx if at == place else ptx
+
+    try:
+        ran: Ran = run_case(spec, program.case, program.arch, change, program.compiled, limit=limit)
+    except UnsupportedInstruction:
+        return None
+    except Exception as error:  # a broken program may fail anywhere
+        return type(error).__name__
+    return None if ran.verdict.right else ran.verdict.sentence
