@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from .ptx_atomic import ATOMICS
 from .ptx_bits import BITS
+from .ptx_carry import carries, carry
 from .ptx_compare import COMPARE
 from .ptx_convert import convert
 from .ptx_copy import copy_async
@@ -87,6 +88,8 @@ def unsupported(state: State) -> list[str]:
 
 def _builder(instruction: Instruction) -> Builder | None:
     word = instruction.words[0]
+    if carries(instruction):
+        return carry
     if word in FLOAT and instruction.type in FLOATS:
         return FLOAT[word]
     if word == "cvt":

@@ -69,13 +69,13 @@ def _product(state: State, instruction: Instruction, site: int) -> Handler:
         return lambda mask: np.multiply(x, y, out=target, where=mask)
 
     def compute() -> Array:
-        value = _high(x, y) if part == "hi" else np.multiply(x, y, dtype=result)
+        value = high_product(x, y) if part == "hi" else np.multiply(x, y, dtype=result)
         return value if addend is None else value + addend
 
     return assign(target, compute)
 
 
-def _high(x: Array, y: Array) -> Array:
+def high_product(x: Array, y: Array) -> Array:
     """The upper half of the products of 16, 32 or 64-bit integers."""
     bits = x.itemsize * 8
     if bits < 64:

@@ -49,7 +49,9 @@ class Instruction:
 
     @property
     def place(self) -> str:
-        return f"{self.text} (PTX line {self.line}{f', {self.source}' if self.source else ''})"
+        """For messages: the text, with long lists of registers cut, and where it stands."""
+        text = re.sub(r"\{([^,}]+),[^}]{40,},([^,}]+)\}", r"{\1, ...,\2}", self.text)
+        return f"{text} (PTX line {self.line}{f', {self.source}' if self.source else ''})"
 
     @property
     def type(self) -> str:

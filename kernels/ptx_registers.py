@@ -173,6 +173,8 @@ class Registers:
         if operand.startswith(("0f", "0F", "0d", "0D")):
             bits = int(operand[2:], 16)
             kind = np.float32 if operand[1] in "fF" else np.float64
+            if np.dtype(kind).itemsize == wanted.itemsize:
+                return bits
             value = np.array(bits, UNSIGNED[np.dtype(kind).itemsize]).view(kind)
             return value.astype(wanted).view(UNSIGNED[wanted.itemsize])[()]
         if operand in ("true", "false"):
