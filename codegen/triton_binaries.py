@@ -19,7 +19,7 @@ Progress = Callable[[int, int, str], None]
 
 
 def size_choices(program: Program, lengths: Sequence[int]) -> list[dict[Any, int]]:
-    """A number for every symbol of the inputs' shapes: the leading axis 1, the others a length.
+    """A number for every symbol of the inputs' shapes: a length, but 1 for the first of several.
 
     The example's own sizes come first where the program has examples. Numbers stay within what
     the capture allows.
@@ -29,9 +29,11 @@ def size_choices(program: Program, lengths: Sequence[int]) -> list[dict[Any, int
         choices.append({})
         for node in program.inputs:
             value = node.meta["val"]
-            for axis, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
+            sizes = value.shape if isinstance(value, Tensor) else ()
+            several = sum(isinstance(size, torch.SymInt) for size in sizes) > 1
+            for axis, size in enumerate(sizes):
                 if isinstance(size, torch.SymInt):
-                    wanted = 1 if axis == 0 and value.dim() > 1 else length
+                    wanted = 1 if axis == 0 and several else length
                     choices[-1].setdefault(expression(size), _within(size, wanted))
     unique = {tuple(sorted((str(k), v) for k, v in c.items())): c for c in choices}
     return list(unique.values())

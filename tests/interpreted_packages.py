@@ -1,0 +1,68 @@
+"""Generated packages in the interpreter; test_triton_package.py runs this in a process of its own.
+
+Not collected by itself: TRITON_INTERPRET=1 must be set before kernels are imported.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import random_programs
+import torch
+import zoo
+from hypothesis import given, settings
+from planish import optimize
+from planish.codegen import package_runner
+from planish.codegen.lower_triton import lower_for_triton
+from planish.codegen.triton import WEIGHTS, write_sources, write_weights
+from planish.codegen.triton_model import model_source
+from planish.ir.interpret import run
+from planish.ir.program import Program
+from planish.kernels.interpreter import repair
+from torch import Tensor
+
+CPU = torch.device("cpu")
+EAGER = {"gemma2", "gpt_oss", "bloom"}
+WHOLE = ("llama", "gemma2", "bert", "gpt2", "t5")
+
+
+def interpreted(program: Program, inputs: list[Any], folder: Path) -> list[Tensor]:
+    """The generated package's results, every address checked."""
+    lowering = lower_for_triton(program)
+    modules = write_sources(model_source(lowering.program), folder)
+    write_weights(lowering.program, folder / WEIGHTS)
+    forward = package_runner._import(folder, modules).forward
+    weights = package_runner.read_weights(folder / WEIGHTS, CPU)
+    with repair(), torch.no_grad():
+        return forward(lambda plan: plan.run(), weights, CPU, "sm_80", *inputs)
+
+
+def assert_as_good(program: Program, inputs: list[Any], got: list[Tensor]) -> None:
+    """At most four times the program's own float32 error against float64, and one rounding."""
+    exact, plain = run(program, inputs, float64=True), run(program, inputs)
+    assert len(got) == len(exact)
+    for found, own, reference in zip(got, plain, exact, strict=True):
+        assert found.dtype == own.dtype and found.shape == own.shape
+        scale = reference.double().abs().max().item() if reference.numel() else 0.0
+        allowed = 4 * (own.double() - reference.double()).abs().max().item() + 2**-22 * scale
+        assert (found.double() - reference.double()).abs().max().item() <= allowed
+
+
+@settings(max_examples=30, deadline=None)
+@given(made=random_programs.steps())
+def test_random_programs(made: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
+    program = random_programs.program(made)
+    inputs = random_programs.inputs()
+    got = interpreted(program, inputs, tmp_path_factory.mktemp("package"))
+    assert_as_good(program, inputs, got)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_models(name: str, tmp_path: Path) -> None:
+    """The package equals the program, at another shape than the captured one."""
+    sample = zoo.build(name, attention="eager" if name in EAGER else "sdpa")
+    program = optimize(sample.model, sample.args, sample.kwargs, recipe="exact").program
+    inputs = program.flatten_inputs((), sample.other_inputs(batch=2, length=11))
+    assert_as_good(program, inputs, interpreted(program, inputs, tmp_path))
