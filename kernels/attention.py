@@ -6,6 +6,7 @@ tiles: attention_shapes.py; what it refuses: attention_limits.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -87,6 +88,8 @@ def plan(
             "MASK_DENSE": mask is not None and mask.shape[-1] > 1 and mask.stride(-1) == 1,
             "KEY_SCALES": k_scale is not None and k_scale.shape[-1:].numel() > 1,
             "VALUE_SCALES": v_scale is not None and v_scale.shape[-1:].numel() > 1,
+            "ALIGN": _aligned(q, k, v, out),
+            "MASK_ALIGN": 1 if mask is None else _aligned(mask),
             "PRECISION": "tf32" if tf32 else "ieee",
         },
     ).with_config(chosen)
@@ -98,6 +101,19 @@ def _strides(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> dict[str, int]:
     for name, tensor in (("q", q), ("k", k), ("v", v), ("out", out)):
         for place, axis in enumerate(("batch", "head", "row")):
             found[f"{name}_{axis}"] = tensor.stride(place)
+    return found
+
+
+def _aligned(*tensors: Tensor) -> int:
+    """Bytes, up to 16, that divide the address of every row.
+
+    Stated to the compiler, which would know of multiples of 16 elements only.
+    """
+    found = 16
+    for tensor in tensors:
+        size = tensor.element_size()
+        found = math.gcd(found, *(size * stride for stride in tensor.stride()[:-1]))
+        found = found if tensor.is_meta else math.gcd(found, tensor.data_ptr())
     return found
 
 

@@ -2,86 +2,141 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import math
 
 import torch
-from torch import Tensor
 
-from .launch import Config
-from .triton_spec import Arguments, Case, Form
-
-F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
-
-
-def problem(
-    queries: int = 37,
-    keys: int = 53,
-    head: int = 64,
-    *,
-    value: int = 0,
-    batch: int = 1,
-    heads: int = 2,
-    kv_heads: int = 1,
-    dtype: torch.dtype = F16,
-    extra: Callable[[torch.Generator], dict[str, Any]] | None = None,
-    **options: Any,
-) -> Callable[[torch.Generator], Arguments]:
-    """Arguments laid out as a projection leaves them, [batch, length, heads, head] transposed."""
-
-    def make(generator: torch.Generator) -> Arguments:
-        def rows(length: int, count: int, size: int) -> Tensor:
-            made = torch.randn(batch, length, count, size, generator=generator)
-            return made.to(dtype).transpose(1, 2)
-
-        args: dict[str, Any] = {
-            "q": rows(queries, heads, head),
-            "k": rows(keys, kv_heads, head),
-            "v": rows(keys, kv_heads, value or head),
-            "scale": head**-0.5,
-        }
-        return args | options | (extra(generator) if extra else {})
-
-    return make
-
-
-def large(
-    head: int,
-    *,
-    value: int = 0,
-    dtype: torch.dtype = BF16,
-    stored: torch.dtype | None = None,
-    queries: int = 4096,
-    keys: int = 4096,
-    **options: Any,
-) -> Callable[[], Arguments]:
-    """32 heads on 8 of keys, on the meta device; options that are tuples are (shape, dtype)."""
-
-    def make() -> Arguments:
-        def rows(length: int, count: int, size: int, kind: torch.dtype) -> Tensor:
-            return torch.empty(1, length, count, size, dtype=kind, device="meta").transpose(1, 2)
-
-        args: dict[str, Any] = {
-            "q": rows(queries, 32, head, dtype),
-            "k": rows(keys, 8, head, stored or dtype),
-            "v": rows(keys, 8, value or head, stored or dtype),
-            "scale": head**-0.5,
-        }
-        for name, option in options.items():
-            made = isinstance(option, tuple)
-            args[name] = torch.empty(option[0], dtype=option[1], device="meta") if made else option
-        return args
-
-    return make
-
-
-CASES = (
-    Case("f16", problem()),
-    Case("causal f16", problem(causal=True)),
-    Case("causal bf16 80", problem(head=80, dtype=BF16, causal=True)),
-    Case("causal f32 window", problem(dtype=F32, causal=True, window=9)),
-    Case("real", problem(queries=100, keys=190, causal=True), Config({"BM": 64, "BN": 64})),
+from .attention_problems import (
+    BF16,
+    F16,
+    F32,
+    block_map,
+    hiding,
+    large,
+    loud,
+    mostly,
+    normal,
+    poisoned,
+    problem,
+    starts,
+    stored,
+    with_tensors,
 )
+from .launch import Config
+from .triton_spec import Case, Form
+
+_LOWEST = torch.finfo(torch.float32).min
+_TF32 = 2.0**-11
+# The cap's tanh is by exp2 in float32, with an error of the cap's last place.
+_CAPPED = 2.0**-19
+
+
+def _tile(rows: int, keys: int, warps: int = 4, stages: int = 2) -> Config:
+    return Config({"BM": rows, "BN": keys}, num_warps=warps, num_stages=stages)
+
+
+_PACKED = problem(
+    70, 81, heads=4, kv_heads=2, causal=True, longest=40,
+    extra=with_tensors(query_starts=starts(17, 0, 40, 13), key_starts=starts(25, 3, 40, 13)),
+)  # fmt: skip
+_SPARSE = problem(
+    100, 96, batch=2, causal=True, block_queries=32, block_keys=32,
+    extra=with_tensors(blocks=block_map("101", "100", "101", "001")),
+)  # fmt: skip
+
+# fmt: off
+CASES = (
+    # Rows and tiles that do not come out even; heads that share keys.
+    Case("f16", problem()),
+    Case("bf16 head 128", problem(67, 85, 128, dtype=BF16, causal=True)),
+    Case("f32", problem(35, 43, 32, dtype=F32, causal=True)),
+    Case("tf32", problem(35, 43, 32, dtype=F32, tf32=True), unit=_TF32),
+    Case("f32 head 80", problem(19, 43, 80, dtype=F32, window=9)),
+    Case("causal f16 head 80", problem(head=80, causal=True)),
+    Case("f16 head 96", problem(head=96, heads=4, kv_heads=2)),
+    Case("bf16 head 192 and 128", problem(head=192, value=128, dtype=BF16, causal=True)),
+    Case("f16 head 256", problem(40, 40, 256, causal=True)),
+    Case("f16 head 20 and 72", problem(head=20, value=72)),
+    Case("f16 head 8", problem(head=8, value=12)),
+    Case("one query", problem(1, 75, heads=8, kv_heads=2, batch=2, causal=True)),
+    Case("five queries bf16", problem(5, 75, heads=6, kv_heads=2, dtype=BF16, causal=True)),
+    # Full tiles, so that warpgroups multiply on sm_90.
+    Case("full tiles f16", problem(130, 150, causal=True, heads=1), _tile(64, 64)),
+    Case("full tiles bf16 128", problem(100, 130, 128, dtype=BF16), _tile(64, 64)),
+    Case("wide tiles f16", problem(140, 140, causal=True, heads=1), _tile(128, 128, 8)),
+    Case("wide tiles bf16 80", problem(130, 140, 80, dtype=BF16, heads=1), _tile(128, 64, 8)),
+    Case("full tiles tf32", problem(70, 70, dtype=F32, tf32=True), _tile(64, 32), unit=_TF32),
+    # What a query sees.
+    Case("more queries than keys", problem(70, 33, causal=True)),
+    Case("no keys", problem(20, 0)),
+    Case("window in a tile", problem(90, 90, causal=True, window=5), _tile(32, 32)),
+    Case("window over tiles", problem(60, 160, causal=True, window=50), _tile(32, 16)),
+    Case("window to one side", problem(40, 70, window=20), _tile(16, 16)),
+    Case("window past the keys", problem(40, 70, causal=True, window=99)),
+    Case("window leaves out", poisoned(problem(32, 128, causal=True, window=32), 0, 64),
+         _tile(32, 32)),
+    # Masks, never expanded.
+    Case("mask of keys", problem(batch=2, extra=with_tensors(mask=mostly(2, 1, 1, 53)))),
+    Case("mask of pairs", problem(causal=True, extra=with_tensors(mask=mostly(37, 53)))),
+    Case("mask of queries", problem(extra=with_tensors(mask=mostly(1, 2, 37, 1)))),
+    Case("bias of heads bf16",
+         problem(dtype=BF16, batch=2, extra=with_tensors(mask=normal(1, 2, 37, 53, dtype=BF16)))),
+    Case("mask of -inf", problem(extra=with_tensors(mask=hiding(-math.inf, 1, 1, 37, 53)))),
+    Case("mask of the lowest",
+         problem(causal=True, dtype=F32, extra=with_tensors(mask=hiding(_LOWEST, 37, 53)))),
+    Case("bias by columns",
+         problem(extra=with_tensors(mask=lambda g: normal(53, 37, dtype=F16)(g).t()))),
+    # Blind queries that take the mean.
+    Case("uniform, mask", problem(
+        causal=True, uniform_if_blind=True, extra=with_tensors(mask=mostly(37, 53)))),
+    Case("uniform, -inf", problem(
+        uniform_if_blind=True, dtype=BF16,
+        extra=with_tensors(mask=hiding(-math.inf, 37, 53, dtype=BF16)))),
+    Case("uniform, more queries", problem(70, 33, causal=True, window=9, uniform_if_blind=True)),
+    Case("uniform, sinks", problem(
+        70, 33, causal=True, uniform_if_blind=True, extra=with_tensors(sinks=normal(2)))),
+    # What is added to scores.
+    Case("sinks", problem(50, 33, causal=True, extra=with_tensors(sinks=normal(2, size=3.0)))),
+    Case("sinks and bias bf16", problem(dtype=BF16, extra=with_tensors(
+        sinks=normal(2, dtype=BF16), mask=normal(37, 53, dtype=BF16)))),
+    Case("cap", problem(softcap=5.0, causal=True), unit=_CAPPED),
+    Case("slopes", problem(
+        causal=True, extra=with_tensors(slopes=lambda g: torch.tensor([.5, .1])))),
+    Case("slopes to both sides", problem(
+        5, 53, heads=4, kv_heads=2, dtype=BF16,
+        extra=with_tensors(slopes=lambda g: torch.tensor([.5, .25, .125, .01])))),
+    Case("everything", problem(
+        causal=True, window=30, softcap=20.0, heads=4, kv_heads=2, batch=2,
+        extra=with_tensors(mask=mostly(2, 1, 37, 53), sinks=normal(4), slopes=normal(4))),
+        unit=_CAPPED),
+    # Scores to ten thousand.
+    Case("loud f32", loud(problem(dtype=F32, causal=True), 2500.0)),
+    Case("loud bf16", loud(problem(dtype=BF16), 2500.0)),
+    # Packed sequences, one of them without queries.
+    Case("packed", _PACKED, _tile(32, 32)),
+    Case("packed, longest not known", lambda g: {**_PACKED(g), "longest": 0}, _tile(16, 32)),
+    Case("packed, sinks and window", lambda g: {
+        **_PACKED(g), "window": 11, "sinks": torch.tensor([.5, 1., 0., -1.])}),
+    # Block maps; what they leave out may hold anything.
+    Case("blocks", _SPARSE, _tile(32, 16)),
+    Case("blocks leave out", poisoned(_SPARSE, 32, 64), _tile(32, 32)),
+    Case("blocks of heads", problem(
+        64, 90, heads=4, kv_heads=2, window=40, block_queries=16, block_keys=32,
+        extra=with_tensors(blocks=lambda g: torch.rand(1, 4, 4, 3, generator=g) > 0.5))),
+    Case("blocks, packed", lambda g: {
+        **_PACKED(g), "block_queries": 16, "block_keys": 16,
+        "blocks": (torch.rand(4, 1, 3, 3, generator=g) > 0.4).int()}),
+    # Keys and values as codes.
+    Case("int8 of tokens", stored(problem(causal=True, heads=4, kv_heads=2), torch.int8, 3)),
+    Case("int8 of heads bf16", stored(problem(dtype=BF16, heads=4, kv_heads=2), torch.int8, 2)),
+    Case("int8 of one", stored(problem(70, 70, softcap=5.0), torch.int8, 0), unit=_CAPPED),
+    Case("float8 of tokens", stored(problem(causal=True), torch.float8_e4m3fn, 3),
+         archs=("sm_90",)),
+    Case("float8 of one bf16", stored(problem(70, 70, dtype=BF16), torch.float8_e4m3fn, 0),
+         _tile(64, 64), archs=("sm_90",)),
+)
+# fmt: on
+
 _STARTS = ((5,), torch.int32)
 _SCALES = ((1, 8, 4096), F32)
 FORMS = (

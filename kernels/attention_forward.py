@@ -38,7 +38,8 @@ def attention_kernel(
     GROUP: tl.constexpr, PACK: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr, UNIFORM: tl.constexpr, BOOLEAN: tl.constexpr, MASK_ROWS: tl.constexpr,
     MASK_DENSE: tl.constexpr, KEY_SCALES: tl.constexpr, VALUE_SCALES: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr, ALIGN: tl.constexpr, MASK_ALIGN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """One tile of BM rows of one head, or of the PACK heads that share keys, interleaved."""
     # Scores are kept in units of 1/scale, and the scale multiplies inside the exponent, unless
@@ -94,9 +95,9 @@ def attention_kernel(
     K += q_at * k_batch + kv_head * k_head + k_start * k_row
     V += q_at * v_batch + kv_head * v_head + k_start * v_row
     q_rows = (query - first) * q_row + (heads - head) * q_head
-    q1 = attention_piece(Q, q_rows, 1, inside, False, 0, D1, HEAD)
+    q1 = attention_piece(Q, q_rows, 1, inside, False, 0, D1, HEAD, ALIGN)
     if D2 > 0:
-        q2 = attention_piece(Q, q_rows, 1, inside, False, D1, D2, HEAD)
+        q2 = attention_piece(Q, q_rows, 1, inside, False, D1, D2, HEAD, ALIGN)
     columns = tl.arange(0, BN)
     mask_columns = columns if MASK_DENSE else columns * mask_col
     exponent = scale * LOG2E
@@ -131,10 +132,12 @@ def attention_kernel(
             here = start + columns
             there = here < keys
             k_base = K + start.to(tl.int64) * k_row
-            k1 = attention_piece(k_base, columns, k_row, there, EDGE, 0, D1, HEAD).to(q1.dtype)
+            k1 = attention_piece(k_base, columns, k_row, there, EDGE, 0, D1, HEAD, ALIGN).to(
+                q1.dtype
+            )
             scores = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
             if D2 > 0:
-                k2 = attention_piece(k_base, columns, k_row, there, EDGE, D1, D2, HEAD)
+                k2 = attention_piece(k_base, columns, k_row, there, EDGE, D1, D2, HEAD, ALIGN)
                 scores = tl.dot(q2, tl.trans(k2.to(q1.dtype)), scores, input_precision=PRECISION)
             if K_SCALE is not None and KEY_SCALES:
                 scales = tl.load(K_SCALE + here * k_scale_row, mask=there, other=0.0)
@@ -149,7 +152,10 @@ def attention_kernel(
             if MASK is not None:
                 mask_base = MASK + start.to(tl.int64) * mask_col
                 if MASK_ROWS:
-                    at = mask_base + (mask_rows[:, None] + mask_columns[None, :])
+                    at = mask_base + mask_rows[:, None]
+                    if MASK_DENSE:
+                        at = tl.multiple_of(at, (MASK_ALIGN, MASK_ALIGN))
+                    at += mask_columns[None, :]
                     added = tl.load(at, mask=there[None, :], other=0) if EDGE else tl.load(at)
                 else:
                     at = mask_base + mask_columns
@@ -186,10 +192,12 @@ def attention_kernel(
                 weights *= scales.to(tl.float32)[None, :]
             weights = weights.to(q1.dtype)
             v_base = V + start.to(tl.int64) * v_row
-            v1 = attention_piece(v_base, columns, v_row, there, EDGE, 0, V1, VALUE).to(q1.dtype)
+            v1 = attention_piece(v_base, columns, v_row, there, EDGE, 0, V1, VALUE, ALIGN).to(
+                q1.dtype
+            )
             sums1 = tl.dot(weights, v1, sums1 * fade[:, None], input_precision=PRECISION)
             if V2 > 0:
-                v2 = attention_piece(v_base, columns, v_row, there, EDGE, V1, V2, VALUE)
+                v2 = attention_piece(v_base, columns, v_row, there, EDGE, V1, V2, VALUE, ALIGN)
                 sums2 = tl.dot(
                     weights, v2.to(q1.dtype), sums2 * fade[:, None], input_precision=PRECISION
                 )
@@ -211,8 +219,8 @@ def attention_kernel(
     factor /= tl.where(total == 0.0, 1.0, total)
     OUT += q_at * out_batch + head.to(tl.int64) * out_head + (q_start + first) * out_row
     out_rows = (query - first) * out_row + (heads - head) * out_head
-    attention_keep(OUT, sums1 * factor[:, None], out_rows, 1, inside, 0, V1, VALUE)
+    attention_keep(OUT, sums1 * factor[:, None], out_rows, 1, inside, 0, V1, VALUE, ALIGN)
     if V2 > 0:
-        attention_keep(OUT, sums2 * factor[:, None], out_rows, 1, inside, V1, V2, VALUE)
+        attention_keep(OUT, sums2 * factor[:, None], out_rows, 1, inside, V1, V2, VALUE, ALIGN)
     LSE += (q_at * (tl.num_programs(1) * PACK) + heads) * lse_row + q_start
     tl.store(LSE + query, lse, mask=inside)

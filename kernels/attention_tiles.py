@@ -21,11 +21,14 @@ HIDDEN: tl.constexpr = tl.constexpr(-1e38)
 @triton.jit
 def attention_piece(
     BASE, rows, stride, inside, EDGE: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr,
-    HEAD: tl.constexpr
+    HEAD: tl.constexpr, ALIGN: tl.constexpr
 ):  # fmt: skip
-    """Channels FIRST to FIRST + SIZE of some rows; zeros past HEAD, and outside where EDGE."""
+    """Channels FIRST to FIRST + SIZE of some rows; zeros past HEAD, and outside where EDGE.
+
+    ALIGN: bytes that divide the address of every row.
+    """
     channels = FIRST + tl.arange(0, SIZE)
-    at = BASE + (rows[:, None] * stride + channels[None, :])
+    at = tl.multiple_of(BASE + rows[:, None] * stride, (ALIGN, ALIGN)) + channels[None, :]
     if FIRST + SIZE > HEAD:
         if EDGE:
             return tl.load(at, mask=inside[:, None] & (channels < HEAD)[None, :], other=0.0)
@@ -37,11 +40,12 @@ def attention_piece(
 
 @triton.jit
 def attention_keep(
-    BASE, tile, rows, stride, inside, FIRST: tl.constexpr, SIZE: tl.constexpr, HEAD: tl.constexpr
+    BASE, tile, rows, stride, inside, FIRST: tl.constexpr, SIZE: tl.constexpr, HEAD: tl.constexpr,
+    ALIGN: tl.constexpr
 ):  # fmt: skip
     """Store what `attention_piece` would load."""
     channels = FIRST + tl.arange(0, SIZE)
-    at = BASE + (rows[:, None] * stride + channels[None, :])
+    at = tl.multiple_of(BASE + rows[:, None] * stride, (ALIGN, ALIGN)) + channels[None, :]
     mask = inside[:, None] & (channels < HEAD)[None, :]
     tl.store(at, tile.to(BASE.dtype.element_ty), mask=mask)
 

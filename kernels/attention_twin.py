@@ -82,11 +82,11 @@ def flash_attention(
         scores = scores + added
         seen = seen & (added > LOWEST) if uniform_if_blind else seen
     scores = scores.masked_fill(~seen, -math.inf)
+    last = scores.new_full((1,), -math.inf) if sinks is None else sinks.to(wide)
+    scores = torch.cat((scores, last[:, None, None].expand(*q.shape[:3], 1)), -1)
     lse = torch.logsumexp(scores, -1)
-    if sinks is not None:
-        lse = torch.logaddexp(lse, sinks.to(wide)[:, None].expand_as(lse))
     blind = (lse == -math.inf)[..., None]
-    weights = (scores - lse[..., None].masked_fill(blind, 0.0)).exp()
+    weights = torch.softmax(scores, -1)[..., :-1].masked_fill(blind, 0.0)
     if uniform_if_blind and sinks is None:
         even = own.to(wide) / own.sum(-1, keepdim=True).clamp_min(1)
         weights = torch.where(blind, even, weights)
