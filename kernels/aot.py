@@ -80,10 +80,10 @@ def compile_launch(launch: Launch, arch: str, hints: bool = True) -> Compiled:
     """
     _check_process(launch)
     shared_limit(arch)  # an unknown architecture is refused before it takes time
-    ones = tuple(n for n, v in launch.args.items() if hints and type(v) is int and v == 1)
-    signature = {n: "constexpr" if n in ones else t for n, t in launch.signature().items()}
-    aligned = launch.aligned() if hints else ()
+    ones = _ones(launch) if hints else ()
+    aligned = _aligned(launch) if hints else ()
     near = _near(launch) if hints and arch.startswith("gfx") else ()
+    signature = {n: "constexpr" if n in ones else t for n, t in launch.signature().items()}
     source = ASTSource(
         fn=launch.kernel,
         signature=signature,
@@ -94,28 +94,33 @@ def compile_launch(launch: Launch, arch: str, hints: bool = True) -> Compiled:
         kernel: Any = compile_source(source, target=_target(arch), options=launch.options)
     except Exception as error:  # the compiler's stages raise whatever they like
         raise _refused(launch, arch, f"{type(error).__name__}: {error}") from error
-    facts = kernel.metadata
-    _check_size(launch, arch, facts)
-    nvidia = arch.startswith("sm_")
+    _check_size(launch, arch, kernel.metadata)
     return Compiled(
-        name=facts.name,
         arch=arch,
-        ptx=kernel.asm["ptx"] if nvidia else "",
-        assembly="" if nvidia else kernel.asm["amdgcn"],
-        binary=kernel.asm["cubin" if nvidia else "hsaco"],
-        shared=facts.shared,
-        num_warps=facts.num_warps,
-        num_stages=facts.num_stages,
-        warp_size=facts.warp_size,
         parameters=tuple(name for name, kind in signature.items() if kind != "constexpr"),
         signature=signature,
         aligned=aligned,
         ones=ones,
         near=near,
-        global_scratch=facts.global_scratch_size,
-        profile_scratch=facts.profile_scratch_size,
-        tensor_memory=_tensor_memory(facts),
+        **_results(kernel, nvidia=arch.startswith("sm_")),
     )
+
+
+def _results(kernel: Any, nvidia: bool) -> dict[str, Any]:
+    facts = kernel.metadata
+    return {
+        "name": facts.name,
+        "ptx": kernel.asm["ptx"] if nvidia else "",
+        "assembly": "" if nvidia else kernel.asm["amdgcn"],
+        "binary": kernel.asm["cubin" if nvidia else "hsaco"],
+        "shared": facts.shared,
+        "num_warps": facts.num_warps,
+        "num_stages": facts.num_stages,
+        "warp_size": facts.warp_size,
+        "global_scratch": facts.global_scratch_size,
+        "profile_scratch": facts.profile_scratch_size,
+        "tensor_memory": _tensor_memory(facts),
+    }
 
 
 def _check_process(launch: Launch) -> None:
@@ -131,6 +136,27 @@ def _target(arch: str) -> GPUTarget:
     if arch.startswith("sm_"):
         return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
+
+
+def _ones(launch: Launch) -> tuple[str, ...]:
+    return tuple(
+        parameter.name
+        for parameter in launch.kernel.params
+        if type(value := launch.args.get(parameter.name)) is int
+        and value == 1
+        and not parameter.do_not_specialize
+    )
+
+
+def _aligned(launch: Launch) -> tuple[str, ...]:
+    aligned = launch.aligned()
+    return tuple(
+        parameter.name
+        for parameter in launch.kernel.params
+        if parameter.name in aligned
+        and not parameter.do_not_specialize
+        and not parameter.do_not_specialize_on_alignment
+    )
 
 
 def _near(launch: Launch) -> tuple[str, ...]:

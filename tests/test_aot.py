@@ -63,6 +63,17 @@ def test_parameters_are_those_of_run_time() -> None:
     assert biased.signature["BM"] == "constexpr"
 
 
+def test_what_the_jit_shall_not_specialize_is_left_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters = {parameter.name: parameter for parameter in tiny_launch().kernel.params}
+    for name in ("a_column", "a_row"):
+        monkeypatch.setitem(parameters[name].__dict__, "do_not_specialize", True)
+    on_alignment = "do_not_specialize_on_alignment"
+    monkeypatch.setitem(parameters["b_row"].__dict__, on_alignment, True)
+    compiled = compile_launch(tiny_launch(), "sm_80")
+    assert compiled.ones == ()
+    assert compiled.aligned == ("A", "B", "OUT", "columns", "inner")
+
+
 def test_pointers_are_near_on_amd_only() -> None:
     assert compile_launch(gate(), "gfx942").near == ("GATE", "UP", "OUT")
     assert compile_launch(gate(), "gfx942", hints=False).near == ()
