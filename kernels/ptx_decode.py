@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from .ptx_atomic import ATOMICS
 from .ptx_bits import BITS
+from .ptx_bulk import bulk
 from .ptx_carry import carries, carry
 from .ptx_compare import COMPARE
 from .ptx_convert import convert
@@ -13,10 +14,12 @@ from .ptx_copy import copy_async
 from .ptx_errors import Fault, UnsupportedInstruction
 from .ptx_float import FLOAT, FLOATS
 from .ptx_integer import INTEGER
+from .ptx_mbarrier import MBARRIER
 from .ptx_move import MOVE
 from .ptx_parse import Instruction
 from .ptx_state import Builder, Handler, State
 from .ptx_tensor_core import TENSOR_CORE
+from .ptx_tensormap import TENSORMAP, acquire
 from .ptx_warp import WARP
 from .ptx_warpgroup import WARPGROUP, accumulators, guarded, register_operands
 
@@ -29,9 +32,11 @@ _TABLES: tuple[Mapping[str, Builder], ...] = (
     TENSOR_CORE,
     WARPGROUP,
     ATOMICS,
+    MBARRIER,
+    TENSORMAP,
 )
 _FLOW = ("bra", "ret", "exit", "bar", "barrier")
-_ORDER = ("membar", "fence", "griddepcontrol", "nanosleep", "prefetch", "prefetchu")
+_ORDER = ("membar", "fence", "griddepcontrol", "nanosleep", "prefetch", "prefetchu", "setmaxnreg")
 
 
 def handler(state: State, instruction: Instruction, site: int) -> Handler:
@@ -94,8 +99,10 @@ def _builder(instruction: Instruction) -> Builder | None:
         return FLOAT[word]
     if word == "cvt":
         return convert
-    if instruction.opcode.startswith("cp.async") and "bulk" not in instruction.words:
-        return copy_async
+    if instruction.opcode.startswith("cp.async"):
+        return bulk if "bulk" in instruction.words else copy_async
+    if instruction.opcode.startswith("fence.proxy.tensormap"):
+        return acquire
     if word in _ORDER or instruction.opcode.startswith("bar.warp.sync"):
         return _order
     return next((table[word] for table in _TABLES if word in table), None)

@@ -9,6 +9,7 @@ cores add, and what ptxas makes of the PTX.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -89,9 +90,10 @@ def execute(
 
     grid: one to three sizes. arguments: in the order of the parameters; tensors on the CPU are
     read and written in place within their storages; parameters that follow (Triton's scratch
-    pointers) are 0. threads: of a block, a multiple of 32. shared: bytes of dynamic shared memory.
-    check: look for races and for data not waited for. limit: instructions of one program. Raises
-    SimulationError, with the instruction, its line and its source.
+    pointers) are 0, or scratch where tensor maps need it. threads: of a block, a multiple of
+    32. shared: bytes of dynamic shared memory. check: look for races and for data not waited
+    for. limit: instructions of one program. Raises SimulationError, with the instruction, its
+    line and its source.
     """
     if threads <= 0 or threads % 32:
         raise WrongInput("a block has whole warps", expected="a multiple of 32", found=str(threads))
@@ -101,7 +103,9 @@ def execute(
     tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
     memory = GlobalMemory(tensors, check, lambda site, what: races.append((site, what)))
     with np.errstate(all="ignore"):
-        state = State(program, threads, shared, memory, _values(program, arguments), check)
+        values = _values(program, arguments)
+        values.update(_scratch(program, len(arguments), math.prod(sizes), memory))
+        state = State(program, threads, shared, memory, values, check)
         memory.report = state.race
         machine = Machine(state, limit)
         places = itertools.product(*(range(size) for size in reversed(sizes)))
@@ -132,6 +136,15 @@ def _values(program: Program, arguments: Sequence[Tensor | int | float]) -> dict
     for (kind, name, _), argument in zip(parameters, arguments, strict=False):
         values[name] = _bits(kind, argument)
     return values
+
+
+def _scratch(program: Program, given: int, programs: int, memory: GlobalMemory) -> dict[str, int]:
+    """Global scratch, the first parameter not given, where tensor maps are made in it."""
+    maps = sum(one.opcode.startswith("tensormap.cp_") for one in program.instructions)
+    if not maps or given >= len(program.parameters):
+        return {}
+    room = np.zeros(max(4096, 256 * maps) * programs, np.uint8)
+    return {program.parameters[given][1]: memory.add(room, True)}
 
 
 def _bits(kind: str, argument: Tensor | int | float) -> int:

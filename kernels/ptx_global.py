@@ -72,7 +72,7 @@ class GlobalMemory:
     def add(self, data: Array, writable: bool) -> int:
         """A range of the simulator's own; returns its address."""
         low = max([1 << 40, *(block.high for block in self.blocks)])
-        low = -(-low // 4096 + 1) * 4096
+        low = (low // 4096 + 2) * 4096
         self.blocks.append(Block(low, data, writable))
         return low
 

@@ -76,10 +76,10 @@ class Machine:
         self.at = 0
         try:
             self._together(0)
+            self.state.end()
         except Fault as fault:
             here = f"{self.instructions[self.at].place}; program {tuple(block)}"
             raise fault.at(here) from None
-        self.state.shared.barrier()
         self.executed += self.limit - self.budget
 
     def opcodes(self) -> Counter[str]:
@@ -110,6 +110,8 @@ class Machine:
                 self.at = at
                 action(mask)
                 at += 1
+                if self.state.polled:
+                    self._in_vain(mask)
                 continue
             if budget < 0:
                 self.at = at
@@ -135,27 +137,44 @@ class Machine:
             expected=f"at most {self.limit}",
         )
 
+    def _in_vain(self, mask: Mask) -> None:
+        """All threads poll at once: if it failed for all of them, it fails for ever."""
+        self.state.polled = False
+        if mask is True:
+            raise Fault(EndlessLoop, "all threads wait for a phase that nobody will end")
+
     # --- diverged threads
 
     def _apart(self, at: int, mask: Mask, kind: int, goal: int) -> int:
         """Run from an instruction that parts the threads until they agree again."""
         places = np.full(self.state.threads, at, np.int64)
         self.waiting: dict[tuple[int, int], Array] = {}
+        self.resting = np.zeros(self.state.threads, bool)
+        self.moved = True
         self._part(places, np.ones(self.state.threads, bool), at, mask, kind, goal)
         while True:
-            low = int(places.min())
-            if low >= _PARKED:
-                self._stuck(places)
-            group = places == low
+            ready = (places < _PARKED) & ~self.resting
+            low = int(places[ready].min()) if ready.any() else _PARKED
+            if low >= len(self.steps):
+                if (places == len(self.steps)).all():
+                    return len(self.steps)
+                self._wake(places)
+                continue
+            group = ready & (places == low)
             if group.all():
                 return low
-            if low >= len(self.steps):
-                self._stuck(places)
-            others = places[places > low]
-            self._segment(places, group, low, int(others.min()))
+            others = places[~group & (places > low)]
+            self._segment(places, group, low, int(others.min()) if len(others) else _PARKED)
+
+    def _wake(self, places: Array) -> None:
+        """Nobody is ready: those that polled in vain try again, if anything has happened since."""
+        if not self.resting.any() or not self.moved:
+            self._stuck(places)
+        self.resting[:] = False
+        self.moved = False
 
     def _segment(self, places: Array, group: Array, at: int, horizon: int) -> None:
-        """Run a group of threads until it meets others, parts or waits."""
+        """Run a group of threads until it meets others, parts, waits or polls in vain."""
         while at < min(horizon, len(self.steps)):
             kind, action, guard, negated, goal = self.steps[at]
             self.counts[at] += 1
@@ -167,14 +186,19 @@ class Machine:
                 if not mask.any():
                     at += 1
                     continue
-            if kind == _PLAIN:
-                action(mask)
-                at += 1
-                continue
             if self.budget < 0:
                 self._exhausted()
-            self._part(places, group, at, mask, kind, goal)
-            return
+            if kind != _PLAIN:
+                self._part(places, group, at, mask, kind, goal)
+                return
+            action(mask)
+            if self.state.polled:
+                self.state.polled = False
+                places[group] = at
+                self.resting |= group
+                return
+            self.moved = True
+            at += 1
         places[group] = at
 
     def _part(self, places: Array, group: Array, at: int, mask: Mask, kind: int, goal: int) -> None:
@@ -211,12 +235,12 @@ class Machine:
             self.state.shared.barrier(None if everyone else warps)
 
     def _stuck(self, places: Array) -> None:
-        thread = int(places.argmax())
-        self.at = int(places[thread] & (_PARKED - 1)) - 1
+        waiting = self.resting | (places >= _PARKED)
+        thread = int(waiting.argmax())
+        place = int(places[thread])
+        self.at = place - _PARKED - 1 if place >= _PARKED else place
         raise Fault(
-            EndlessLoop,
-            "threads wait at a barrier that the others do not reach",
-            thread=thread,
+            EndlessLoop, "threads wait at a barrier that the others do not reach", thread=thread
         )
 
 

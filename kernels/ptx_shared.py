@@ -57,6 +57,7 @@ class SharedMemory:
         warps = (np.arange(threads) // 32 + 1).astype(np.uint8)
         self.tags = {unit: np.repeat(warps, unit).view(UNSIGNED[unit]) for unit in UNSIGNED}
         self.log: list[Access] = []
+        self.holders: list[Callable[[], list[tuple[int, Array]]]] = []
 
     def start(self) -> None:
         for views in (self.data, self.pending, self.held, self.generic):
@@ -144,6 +145,19 @@ class SharedMemory:
                 "shared memory is overwritten while a matrix instruction may still read it",
                 thread=thread,
             )
+
+    def hold(self, places: list[tuple[int, Array]]) -> None:
+        """An engine reads (unit, index) until it is waited for."""
+        for unit, index in places:
+            self.held[unit][index] = 1
+            self.any_held = True
+
+    def rehold(self) -> None:
+        """Some engine is done: only what the holders still list is held."""
+        self.held[1].fill(0)
+        self.any_held = False
+        for holder in self.holders:
+            self.hold(holder())
 
     def landed(self, index: Array, unit: int) -> None:
         """A Fault where the bytes are the goal of a copy under way."""

@@ -51,7 +51,9 @@ class State:
         self.races = 0
         self.race_sites: dict[str, None] = {}
         self.on_start: list[Callable[[], None]] = []
+        self.on_end: list[Callable[[], None]] = []
         self.part: dict[str, Any] = {}
+        self.polled = False
 
     def start(self, block: Sequence[int], grid: Sequence[int], number: int) -> None:
         """Begin the program at `block` of the grid."""
@@ -60,6 +62,12 @@ class State:
         self.memory.start(number)
         for reset in self.on_start:
             reset()
+
+    def end(self) -> None:
+        """The program has ended: its last epoch is compared."""
+        for finish in self.on_end:
+            finish()
+        self.shared.barrier()
 
     def active(self, mask: Mask) -> Array:
         return self.everyone if mask is True else np.flatnonzero(mask)

@@ -43,6 +43,7 @@ class Flight:
         self.state = state
         self.clear()
         state.on_start.append(self.clear)
+        state.shared.holders.append(lambda: [p for b in (*self.groups, self.open) for p in b.held])
 
     def clear(self) -> None:
         self.open, self.groups = _Batch(), list[_Batch]()
@@ -65,8 +66,7 @@ class Flight:
 
     def hold(self, unit: int, index: Array) -> None:
         self.open.held.append((unit, index))
-        self.state.shared.held[unit][index] = 1
-        self.state.shared.any_held = True
+        self.state.shared.hold([(unit, index)])
 
     def commit(self) -> None:
         self.groups.append(self.open)
@@ -74,18 +74,13 @@ class Flight:
 
     def wait(self, rest: int) -> None:
         """Retire all groups but the last `rest`."""
-        shared = self.state.shared
-        retired = self.groups[: len(self.groups) - rest]
-        if not retired:
+        if len(self.groups) <= rest:
             return
-        self.groups = self.groups[len(retired) :]
+        self.groups = self.groups[len(self.groups) - rest :]
         left = [*self.groups, self.open]
         self.accumulators = set[str]().union(*(batch.accumulators for batch in left))
         self.operands = set[str]().union(*(batch.operands for batch in left))
-        for batch, value in [*((b, 0) for b in retired), *((b, 1) for b in left)]:
-            for unit, index in batch.held:
-                shared.held[unit][index] = value
-        shared.any_held = any(batch.held for batch in left)
+        self.state.shared.rehold()
         self.any = bool(self.accumulators or self.operands)
 
     def moved(self, name: str, source: str) -> None:
