@@ -29,6 +29,25 @@ def quantized_twin(x: Tensor, scale: Tensor | None, codes: str) -> tuple[Tensor,
     return (held.round() if codes == "int8" else held).to(code_dtype(codes)), scale
 
 
+def asymmetric_twin(
+    x: Tensor, scale: Tensor | None, zero: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(int8 codes, steps, zeros): round(x / step) + zero, -128 to 127, so that 0 has a code.
+
+    A dynamic step is the row's range, widened to hold 0, over 255 (Jacob et al. 2018, sec. 3).
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if scale is None:
+        low, high = x.amin(-1, keepdim=True).clamp_max(0), x.amax(-1, keepdim=True).clamp_min(0)
+        scale = (high - low) / 255
+        zero = (-128 - low / torch.where(scale == 0, torch.ones_like(scale), scale)).round()
+        zero = zero.clamp(-128, 127).to(torch.int32)
+    assert zero is not None, "a static scale comes with its zero point"
+    step = torch.where(scale == 0, torch.ones_like(scale), scale)
+    codes = ((x / step).round() + zero).clamp(-128, 127).to(torch.int8)
+    return codes, scale, zero
+
+
 def code_why_not(arch: str, scale: Tensor | None, codes: str) -> str | None:
     if codes not in LARGEST:
         return f"there are no codes {codes!r}"
