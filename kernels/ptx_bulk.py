@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from .ptx_errors import Fault, NotWaitedFor, OutOfBounds, UnsupportedInstruction
 from .ptx_mbarrier import Place, barriers
 from .ptx_parse import Instruction, split
-from .ptx_shared import WRITE
 from .ptx_state import Handler, Mask, State, addresses
 from .ptx_tensormap import tensor_maps
 
@@ -195,7 +194,7 @@ def _land(state: State, index: Array, unit: int, values: Array, thread: int, sit
     if shared.check:
         who = np.full(len(index), thread)
         shared.not_held(index, unit, who)
-        shared.note(WRITE, site, unit, index, who, values)
+        shared.overrun(site, unit, index, thread)
     shared.data[unit][index] = values
     shared.generic[unit][index] = 0
 

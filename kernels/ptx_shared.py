@@ -134,6 +134,17 @@ class SharedMemory:
             self._compare()
             del self.log[: _MOST // 2]
 
+    def overrun(self, site: int, unit: int, index: Array, thread: int) -> None:
+        """Compare a bulk copy's write with the epoch so far; who waits for it is ordered later."""
+        tag = self.tags[unit][thread]
+        self.owner[unit][index] = tag
+        for access in self.log:
+            met = _bytes(self.owner[access.unit][access.index]) != 0
+            others = _bytes(np.broadcast_to(access.tags, access.index.shape)) != int(tag) & 255
+            if (met & others).any():
+                self.report(site, access.site, 1)
+        self.owner[unit][index] = 0
+
     def not_held(self, index: Array, unit: int, threads: Array | None) -> None:
         """A Fault where a matrix instruction under way may still read the bytes."""
         if self.any_held and self.held[unit][index].any():
