@@ -12,36 +12,26 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from .epilogue import standard
 from .launch import Config, Launch, Plan
-from .linear_int_tiles import (
-    linear_int_reduce_kernel,
-    linear_w8a8_kernel,
-    linear_w8a8_split_kernel,
-)
+from .linear_bytes import by_token, choose, matmul_launches, result_dtype, scale_arguments
 from .linear_problem import (
     EPILOGUE_SCHEMA,
     FLOATS,
-    LinearProblem,
     finished,
     linear_cost,
     linear_problem,
     nbytes,
     why_not_linear,
 )
-from .linear_split import split_count
 from .linear_w8a8_cases import CASES, CONFIGS, FORMS
 from .operator import define
 from .quantized_rows import asymmetric_twin, quantized_twin
 from .rows_to_codes import codes_launch
 from .spec import Cost
 from .triton_spec import TritonSpec
-
-FEW = 16
-"""Rows up to which the summed axis is split."""
 
 LONGEST = 2**16
 """Columns up to which sums of products of codes stay within 32 bits, with any zero point."""
@@ -81,31 +71,7 @@ def linear_w8a8(
         exact = exact - by_token(zero, x).double() * weight_sums
     work = torch.promote_types(scale.dtype, torch.float32)
     sums = exact.to(work) * by_token(scale, x).to(work) * weight_scale.reshape(-1).to(work)
-    return finished(sums, bias, gate, residual, activation).to(_result(x, weight_scale, dtype))
-
-
-def by_token(values: Tensor, x: Tensor) -> Tensor:
-    """One value, or one for each token of x [..., K], as a column beside x."""
-    return values.reshape(1) if values.numel() == 1 else values.reshape(*x.shape[:-1], 1)
-
-
-def _result(x: Tensor, weight_scale: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    return dtype or (x.dtype if x.dtype.is_floating_point else weight_scale.dtype)
-
-
-def choose(height: int, width: int, arch: str) -> Config:
-    """Split for few rows; else the largest tiles of which there are enough to fill a GPU."""
-    serving = [config for config in CONFIGS if config.serves(arch)]
-    split = [config for config in serving if "GROUP" not in config.constants]
-    tiled = [config for config in serving if "GROUP" in config.constants]
-    if height <= FEW:
-        return split[0]
-
-    def tiles(config: Config) -> int:
-        tile = config.constants
-        return triton.cdiv(height, tile["BM"]) * triton.cdiv(width, tile["BN"])
-
-    return next((config for config in tiled[:-1] if tiles(config) >= 108), tiled[-1])
+    return finished(sums, bias, gate, residual, activation).to(result_dtype(x, weight_scale, dtype))
 
 
 def plan(
@@ -130,7 +96,7 @@ def plan(
     width = weight.shape[0]
     problem = linear_problem(x, width, (bias, gate, residual), activation, finish, operands)
     made = torch.empty(
-        (*x.shape[:-1], width), dtype=_result(x, weight_scale, dtype), device=x.device
+        (*x.shape[:-1], width), dtype=result_dtype(x, weight_scale, dtype), device=x.device
     )
     problem = replace(problem, out=made)
     before: tuple[Launch, ...] = ()
@@ -140,86 +106,10 @@ def plan(
         codes, scale, zero, launch = codes_launch(problem.rows, x_scale, x_zero, asymmetric, "int8")
         problem, before = replace(problem, rows=codes), (launch,)
     assert scale is not None, "codes come with their scale"
-    scales = {
-        "X_SCALE": scale,
-        "X_ZERO": None if weight_sums is None else zero,
-        "W_SCALE": weight_scale,
-        "W_SUMS": weight_sums,
-        "x_scale_step": int(scale.numel() != 1),
-        "x_zero_step": 0 if zero is None else int(zero.numel() != 1),
-        "w_scale_step": int(weight_scale.numel() != 1),
-    }
-    chosen = config or choose(problem.height, problem.width, arch)
-    matmul = (_tiled if "GROUP" in chosen.constants else _split)(problem, weight, scales, chosen)
+    scales = scale_arguments(scale, zero, weight_scale, weight_sums)
+    chosen = config or choose(CONFIGS, problem.height, width, arch)
+    matmul = matmul_launches(problem, weight, scales, chosen)
     return Plan((problem.out,), (*before, *matmul))
-
-
-def byte_matrices(rows: Tensor, weight: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments and constants of matrices of bytes [M, K], [N, K].
-
-    Sizes and strides are passed in units of ALIGN, so that a kernel knows that rows which start on
-    16 bytes do, and loads 16 at once.
-    """
-    length, strides = rows.shape[1], (rows.stride(0), weight.stride(0))
-    starts = [0 if t.is_meta else t.data_ptr() for t in (rows, weight)]
-    align = 1 if any(n % 16 for n in (length, *strides, *starts)) else 16
-    args = {
-        "X": rows,
-        "W": weight,
-        "height": rows.shape[0],
-        "width": weight.shape[0],
-        "length": length // align,
-        "x_stride": strides[0] // align,
-        "w_stride": strides[1] // align,
-    }
-    return args, {"ALIGN": align}
-
-
-def shorter(config: Config, fixed: dict[str, Any]) -> Config:
-    """Bytes that are loaded one by one take a register each: a step takes fewer columns then."""
-    tile = config.constants
-    if fixed["ALIGN"] > 1:
-        return config
-    return replace(config, constants={**tile, "BK": max(32, tile["BK"] // 4)})
-
-
-def _tiled(
-    problem: LinearProblem, weight: Tensor, scales: dict[str, Any], config: Config
-) -> tuple[Launch, ...]:
-    tile = config.constants
-    count = triton.cdiv(problem.height, tile["BM"]) * triton.cdiv(problem.width, tile["BN"])
-    matrices, fixed = byte_matrices(problem.rows, weight)
-    args = {**matrices, "OUT": problem.out, **scales, **problem.epilogue}
-    launch = Launch(linear_w8a8_kernel, (count,), args, {**problem.finish, **fixed})
-    return (launch.with_config(shorter(config, fixed)),)
-
-
-def _split(
-    problem: LinearProblem, weight: Tensor, scales: dict[str, Any], config: Config
-) -> tuple[Launch, ...]:
-    matrices, fixed = byte_matrices(problem.rows, weight)
-    config = shorter(config, fixed)
-    tile = config.constants
-    columns = triton.cdiv(problem.width, tile["BN"])
-    blocks = triton.cdiv(problem.length, tile["BK"])
-    splits = split_count(columns, blocks)
-    height, width = problem.height, problem.width
-    parts = torch.empty(splits, height, width, dtype=torch.int32, device=weight.device)
-    launch = Launch(
-        linear_w8a8_split_kernel,
-        (columns, splits if height else 0),
-        {**matrices, "PARTS": parts, "run": triton.cdiv(blocks, splits)},
-        fixed,
-    )
-    sizes = {"height": height, "width": width, "splits": splits}
-    reduce = Launch(
-        linear_int_reduce_kernel,
-        (triton.cdiv(width, 128), triton.cdiv(height, 4)),
-        {"PARTS": parts, "OUT": problem.out, **sizes, **scales, **problem.epilogue},
-        {**problem.finish, "BM": 4, "BN": 128},
-        num_stages=1,
-    )
-    return launch.with_config(config), reduce
 
 
 def why_not(
@@ -242,8 +132,8 @@ def why_not(
         return "the columns of its weight do not lie side by side"
     if weight.shape[1] > LONGEST:
         return f"its sums over {weight.shape[1]} products may not fit in 32 bits"
-    if _result(x, weight_scale, dtype) not in FLOATS:
-        return f"its result is {_result(x, weight_scale, dtype)}"
+    if result_dtype(x, weight_scale, dtype) not in FLOATS:
+        return f"its result is {result_dtype(x, weight_scale, dtype)}"
     kinds = (*FLOATS, torch.int8)
     width, length = weight.shape
     return _why_not_scales(x, weight, weight_scale, x_scale, x_zero, weight_sums) or (
@@ -298,7 +188,7 @@ def cost(
     parameters = nbytes(weight, weight_scale, weight_sums, x_scale, x_zero)
     whole = linear_cost(x, width, parameters, (bias, gate, residual))
     tokens = x.numel() // max(x.shape[-1], 1)
-    wider = _result(x, weight_scale, dtype).itemsize - x.element_size()
+    wider = result_dtype(x, weight_scale, dtype).itemsize - x.element_size()
     extra = tokens * width * wider + (0 if x.dtype == torch.int8 else 2 * x.numel())
     return Cost(whole.nbytes + extra, whole.flops)
 

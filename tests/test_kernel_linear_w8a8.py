@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from planish.kernels.linear_int_tiles import linear_w8a8_kernel, linear_w8a8_split_kernel
+from planish.kernels.linear_bytes_tiles import linear_bytes_kernel, linear_bytes_split_kernel
 from planish.kernels.linear_w8a8 import LONGEST, cost, plan, why_not
 from planish.kernels.linear_w8a8_cases import int8_weight
 from planish.kernels.quantized_rows import asymmetric_twin
@@ -95,7 +95,7 @@ def test_few_rows_are_split(tokens: int, split: bool) -> None:
     x = torch.empty(tokens, 4096, dtype=HALF, device="meta")
     launches = plan(x, weight, torch.empty(4096, device="meta")).launches
     assert launches[0].grid == (tokens,)
-    kernel = linear_w8a8_split_kernel if split else linear_w8a8_kernel
+    kernel = linear_bytes_split_kernel if split else linear_bytes_kernel
     assert launches[1].kernel is kernel
     assert len(launches) == 2 + split
     assert launches[1].constants["ALIGN"] == 16

@@ -1,4 +1,8 @@
-"""Integer matmul tiles: int8 codes in, int32 sums, scales and zero points at the end."""
+"""Matmul tiles of bytes: int8 codes with int32 sums, or fp8 with float32 ones; scales at the end.
+
+The sums' type follows from the operands'. An fp8 tensor core of Hopper keeps only some 14 bits
+while it adds, so the sums of a step go to float32 registers (DeepSeek-AI 2024, sec. 3.3.2).
+"""
 # pyright: reportMissingParameterType=false
 
 from __future__ import annotations
@@ -10,7 +14,21 @@ from .linear_tiles import linear_store, linear_store_tile, linear_tile
 
 
 @triton.jit
-def linear_int_scaled(
+def linear_bytes_zeros(X, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    return tl.zeros([ROWS, COLUMNS], tl.int32 if X.dtype.element_ty == tl.int8 else tl.float32)
+
+
+@triton.jit
+def linear_bytes_dot(a, b, sums, STEP: tl.constexpr):
+    if a.dtype == tl.int8:
+        sums = tl.dot(a, b, sums, out_dtype=tl.int32)
+    else:
+        sums = tl.dot(a, b, sums, max_num_imprecise_acc=STEP)
+    return sums
+
+
+@triton.jit
+def linear_bytes_scaled(
     sums,
     rows,
     columns,
@@ -35,7 +53,7 @@ def linear_int_scaled(
 
 
 @triton.jit
-def linear_w8a8_kernel(
+def linear_bytes_kernel(
     X,
     W,
     OUT,
@@ -71,7 +89,7 @@ def linear_w8a8_kernel(
     BK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """X int8 [M, K], W int8 [N, K], both with K side by side, to OUT [M, N]."""
+    """X [M, K], W [N, K], of int8 or fp8, both with K side by side, to OUT [M, N]."""
     length, x_stride, w_stride = length * ALIGN, x_stride * ALIGN, w_stride * ALIGN
     row, column = linear_tile(tl.program_id(0), tl.cdiv(height, BM), tl.cdiv(width, BN), GROUP)
     rows, columns = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN)
@@ -80,13 +98,13 @@ def linear_w8a8_kernel(
     w_at = tl.multiple_of(W + (column * BN).to(tl.int64) * w_stride, ALIGN)
     x_tile = tl.arange(0, BM)[:, None] * x_stride + along[None, :]
     w_tile = tl.arange(0, BN)[:, None] * w_stride + along[None, :]
-    sums = tl.zeros([BM, BN], tl.int32)
+    sums = linear_bytes_zeros(X, BM, BN)
     for start in range(0, length, BK):
         here = (start + along < length)[None, :]
-        x = tl.load(x_at + start + x_tile, mask=(rows < height)[:, None] & here, other=0)
-        w = tl.load(w_at + start + w_tile, mask=(columns < width)[:, None] & here, other=0)
-        sums = tl.dot(x, w.T, sums, out_dtype=tl.int32)
-    scaled = linear_int_scaled(
+        x = tl.load(x_at + start + x_tile, mask=(rows < height)[:, None] & here, other=0.0)
+        w = tl.load(w_at + start + w_tile, mask=(columns < width)[:, None] & here, other=0.0)
+        sums = linear_bytes_dot(x, w.T, sums, BK)
+    scaled = linear_bytes_scaled(
         sums, rows, columns, height, width, X_SCALE, x_scale_step, X_ZERO, x_zero_step,
         W_SCALE, w_scale_step, W_SUMS,
     )  # fmt: skip
@@ -97,7 +115,7 @@ def linear_w8a8_kernel(
 
 
 @triton.jit
-def linear_w8a8_split_kernel(
+def linear_bytes_split_kernel(
     X,
     W,
     PARTS,
@@ -112,7 +130,7 @@ def linear_w8a8_split_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Sums over `run` columns of X [M, K] for each split: int32 PARTS [splits, M, N], M to BM.
+    """Sums over `run` columns of X [M, K] for each split: PARTS [splits, M, N], M to BM.
 
     The weight is the left operand: its tile is tall, x's rows are few.
     """
@@ -127,20 +145,20 @@ def linear_w8a8_split_kernel(
     w_at = tl.multiple_of(w_at, ALIGN)
     x_tile = rows[:, None] * x_stride + along[None, :]
     w_tile = tl.arange(0, BN)[:, None] * w_stride + along[None, :]
-    sums = tl.zeros([BN, BM], tl.int32)
+    sums = linear_bytes_zeros(X, BN, BM)
     left = tl.minimum(length - split * run, run)
     for start in range(0, left, BK):
         here = (start + along < left)[None, :]
-        x = tl.load(x_at + start + x_tile, mask=(rows < height)[:, None] & here, other=0)
-        w = tl.load(w_at + start + w_tile, mask=(columns < width)[:, None] & here, other=0)
-        sums = tl.dot(w, x.T, sums, out_dtype=tl.int32)
+        x = tl.load(x_at + start + x_tile, mask=(rows < height)[:, None] & here, other=0.0)
+        w = tl.load(w_at + start + w_tile, mask=(columns < width)[:, None] & here, other=0.0)
+        sums = linear_bytes_dot(w, x.T, sums, BK)
     at = (split * height + rows).to(tl.int64)[None, :] * width + columns[:, None]
     inside = (rows[None, :] < height) & (columns[:, None] < width)
     tl.store(PARTS + at, sums, mask=inside)
 
 
 @triton.jit
-def linear_int_reduce_kernel(
+def linear_bytes_reduce_kernel(
     PARTS,
     OUT,
     X_SCALE,
@@ -170,16 +188,16 @@ def linear_int_reduce_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """PARTS int32 [splits, M, N] to OUT [M, N] through the scales and the epilogue."""
+    """PARTS [splits, M, N] to OUT [M, N] through the scales and the epilogue."""
     rows = tl.program_id(1) * BM + tl.arange(0, BM)
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
     inside = (rows[:, None] < height) & (columns[None, :] < width)
     at = rows.to(tl.int64)[:, None] * width + columns[None, :]
-    sums = tl.zeros([BM, BN], tl.int32)
+    sums = tl.zeros([BM, BN], PARTS.dtype.element_ty)
     step = height.to(tl.int64) * width
     for split in range(0, splits):
-        sums += tl.load(PARTS + split * step + at, mask=inside, other=0)
-    scaled = linear_int_scaled(
+        sums += tl.load(PARTS + split * step + at, mask=inside, other=0.0)
+    scaled = linear_bytes_scaled(
         sums, rows, columns, height, width, X_SCALE, x_scale_step, X_ZERO, x_zero_step,
         W_SCALE, w_scale_step, W_SUMS,
     )  # fmt: skip
