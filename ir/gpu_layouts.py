@@ -1,0 +1,97 @@
+"""Layouts of integer codes for GPU kernels that decode a weight in registers.
+
+A matrix unit does not care in which order the summed axis comes, as long as both operands agree.
+So codes that share a word lie far apart in the row: each bit field of a tile of words is then a
+whole operand, and nothing is moved between registers to put it in order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import WrongOption
+
+_FIELDS = {2: 8, 3: 16, 4: 4, 8: 2}
+
+
+@dataclass(frozen=True)
+class FieldWords:
+    """Codes [N, K] of 2, 3, 4 or 8 bits as bit fields of 16-bit words [blocks, planes, N, run].
+
+    A block covers `fields * run` columns. Field j of word i of a row holds the code of column
+    j * run + i of the block. 2, 4 and 8 bits fill a word with 8, 4 and 2 fields, lowest first. 3
+    bits take three planes of words: field j < 15 has the bits 3 (j % 5) and up of plane j // 5,
+    and the bits of field 15 are the highest bits of the planes, lowest in plane 0.
+
+    run: columns that a field of a tile covers; a multiple of 16. The rows of a tile of words lie
+    side by side. Columns past K are filled with the code 0.
+    """
+
+    bits: int
+    run: int = 32
+
+    def __post_init__(self) -> None:
+        if self.bits not in _FIELDS:
+            raise WrongOption(
+                "no field layout has this width",
+                expected="2, 3, 4 or 8 bits",
+                found=str(self.bits),
+                fix="widen the codes to the next width",
+            )
+        if self.run < 16 or self.run % 16:
+            raise WrongOption(
+                "a field covers whole steps of the matrix units",
+                expected="a multiple of 16 columns",
+                found=str(self.run),
+                fix="choose 16, 32 or 64",
+            )
+
+    @property
+    def fields(self) -> int:
+        """Codes of a row that are spread over a word, or over three words of 3-bit codes."""
+        return _FIELDS[self.bits]
+
+    @property
+    def planes(self) -> int:
+        return 3 if self.bits == 3 else 1
+
+    @property
+    def block(self) -> int:
+        """Columns of a block."""
+        return self.fields * self.run
+
+    def blocks(self, length: int) -> int:
+        return -(-length // self.block)
+
+    def pack(self, codes: Tensor) -> Tensor:
+        """uint8 [N, K], each below 2^bits, to int16 [blocks, planes, N, run]."""
+        padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % self.block))
+        split = padded.unflatten(1, (-1, self.fields, self.run)).permute(1, 2, 0, 3).int()
+        planes = torch.zeros(
+            (split.shape[0], self.planes, *split.shape[2:]), dtype=torch.int32, device=codes.device
+        )
+        for field, (plane, shift) in enumerate(self._places()):
+            planes[:, plane] |= split[:, field] << shift
+        if self.bits == 3:
+            for plane in range(3):
+                planes[:, plane] |= (split[:, 15] >> plane & 1) << 15
+        return planes.to(torch.int16)
+
+    def unpack(self, stored: Tensor, length: int) -> Tensor:
+        """The inverse of `pack`: int16 [blocks, planes, N, run] to uint8 [N, length]."""
+        planes = stored.int()
+        mask = (1 << self.bits) - 1
+        fields = [planes[:, plane] >> shift & mask for plane, shift in self._places()]
+        if self.bits == 3:
+            fields.append(sum((planes[:, p] >> 15 & 1) << p for p in range(3)))  # type: ignore[arg-type]
+        codes = torch.stack(fields, 1).to(torch.uint8)  # [blocks, fields, N, run]
+        return codes.permute(2, 0, 1, 3).flatten(1)[:, :length].contiguous()
+
+    def _places(self) -> list[tuple[int, int]]:
+        """Plane and lowest bit of each field that lies in one word."""
+        per_word = 16 // self.bits
+        count = 15 if self.bits == 3 else self.fields
+        return [(j // per_word, j % per_word * self.bits) for j in range(count)]

@@ -1,0 +1,67 @@
+"""Layouts of GPU kernels: pack and unpack are inverse, and bits lie where the kernels look."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from planish.ir.errors import WrongOption
+from planish.ir.gpu_layouts import FieldWords
+
+WIDTHS = (2, 3, 4, 8)
+
+
+def random_codes(seed: int, bits: int, *shape: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 1 << bits, shape, dtype=torch.uint8, generator=generator)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(WIDTHS), st.sampled_from([16, 32]), st.integers(1, 600), st.integers(1, 4),
+    st.integers(0, 9),
+)  # fmt: skip
+def test_fields_are_invertible_and_dense(
+    bits: int, run: int, length: int, rows: int, seed: int
+) -> None:
+    layout, codes = FieldWords(bits, run), random_codes(seed, bits, rows, length)
+    words = layout.pack(codes)
+    assert words.dtype == torch.int16
+    assert words.shape == (layout.blocks(length), layout.planes, rows, run)
+    assert torch.equal(layout.unpack(words, length), codes)
+    padded = layout.blocks(length) * layout.block
+    assert words.numel() * 16 == rows * padded * bits
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_one_code_sets_the_bits_that_are_documented(bits: int) -> None:
+    layout = FieldWords(bits, 16)
+    for column in (0, 17, layout.block - 1, layout.block + 19):
+        codes = torch.zeros(3, 2 * layout.block, dtype=torch.uint8)
+        codes[1, column] = (1 << bits) - 1
+        words = layout.pack(codes).int() & 0xFFFF
+        block, within = divmod(column, layout.block)
+        field, word = divmod(within, 16)
+        if bits == 3 and field == 15:
+            expected = {plane: 1 << 15 for plane in range(3)}
+        else:
+            per_word = 16 // bits
+            shift = field % per_word * bits
+            expected = {field // per_word: ((1 << bits) - 1) << shift}
+        for plane, value in expected.items():
+            assert words[block, plane, 1, word] == value
+            words[block, plane, 1, word] = 0
+        assert not words.any()
+
+
+def test_columns_past_the_end_hold_code_zero() -> None:
+    layout = FieldWords(4, 16)
+    words = layout.pack(torch.full((2, 17), 15, dtype=torch.uint8))
+    assert torch.equal(layout.unpack(words, 64)[:, 17:], torch.zeros(2, 47, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(("bits", "run"), [(5, 32), (16, 32), (1, 32), (4, 8), (4, 24), (4, 0)])
+def test_what_has_no_layout_is_refused(bits: int, run: int) -> None:
+    with pytest.raises(WrongOption):
+        FieldWords(bits, run)
