@@ -41,7 +41,7 @@ def verify_kernels(
     """Climb the rungs with a shipped kernel by name, with "all", or with a file that declares SPEC.
 
     case: only cases and forms with this text in their name. Results are by kernel, then by rung.
-    Raises UnknownKernel, NotAKernelFile, MissingExtra, WrongTriton, UnknownArch.
+    Raises UnknownKernel, NotAKernelFile, MissingExtra, WrongTriton, UnknownArch, WrongOption.
     """
     for arch in archs:
         if arch not in ARCHS:
@@ -58,6 +58,12 @@ def verify_kernels(
         for kernel in worker.kernels:
             for rung in group:
                 found.setdefault((kernel, rung), [])
+    if case and not any(one.status != "not run" for tried in found.values() for one in tried):
+        raise WrongOption(
+            f"nothing on these rungs has {case!r} in its name",
+            expected="a part of the name of a case or of a form",
+            fix="leave --case out to see what there is",
+        )
     kernels = list(dict.fromkeys(kernel for kernel, _ in found))
     return [
         conclude(kernel, rung, found[kernel, rung]) for kernel in kernels for rung in sorted(rungs)

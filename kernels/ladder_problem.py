@@ -91,7 +91,7 @@ def _sentence(error: Exception) -> str:
     kind = type(error).__name__
     if not isinstance(error, PlanishError):
         return f"{kind}: {' '.join(str(error).split())[:400]}"
-    found = " ".join(error.found.split())[-400:]
+    found = next(iter(error.found.strip().splitlines()[-1:]), "")  # compilers quote the source
     where = " ".join(error.where.split())
     return f"{kind}: {error.what}" + (f": {found}" if found else "") + (f" ({where})" * bool(where))
 

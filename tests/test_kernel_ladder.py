@@ -124,6 +124,11 @@ def test_bad_input_is_one_message(tmp_path: Path) -> None:
     assert "unknown architecture 'sm_81'" in ended.stderr
 
 
+def test_a_case_that_no_kernel_has_is_no_success() -> None:
+    with pytest.raises(WrongOption, match="nothing on these rungs has 'bf61' in its name"):
+        verify_kernels(str(EXAMPLE), [2], ["sm_80"], case="bf61")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
