@@ -18,6 +18,7 @@ from .attention_tiles import (
     LN2,
     LOG2E,
     attention_capped,
+    attention_decoded,
     attention_keep,
     attention_piece,
     attention_span,
@@ -132,13 +133,14 @@ def attention_kernel(
             here = start + columns
             there = here < keys
             k_base = K + start.to(tl.int64) * k_row
-            k1 = attention_piece(k_base, columns, k_row, there, EDGE, 0, D1, HEAD, ALIGN).to(
-                q1.dtype
-            )
+            k1 = attention_piece(k_base, columns, k_row, there, EDGE, 0, D1, HEAD, ALIGN)
+            k1 = attention_decoded(k1, q1.dtype)
             scores = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
             if D2 > 0:
                 k2 = attention_piece(k_base, columns, k_row, there, EDGE, D1, D2, HEAD, ALIGN)
-                scores = tl.dot(q2, tl.trans(k2.to(q1.dtype)), scores, input_precision=PRECISION)
+                scores = tl.dot(
+                    q2, tl.trans(attention_decoded(k2, q1.dtype)), scores, input_precision=PRECISION
+                )
             if K_SCALE is not None and KEY_SCALES:
                 scales = tl.load(K_SCALE + here * k_scale_row, mask=there, other=0.0)
                 scores *= scales.to(tl.float32)[None, :]
@@ -192,14 +194,16 @@ def attention_kernel(
                 weights *= scales.to(tl.float32)[None, :]
             weights = weights.to(q1.dtype)
             v_base = V + start.to(tl.int64) * v_row
-            v1 = attention_piece(v_base, columns, v_row, there, EDGE, 0, V1, VALUE, ALIGN).to(
-                q1.dtype
-            )
+            v1 = attention_piece(v_base, columns, v_row, there, EDGE, 0, V1, VALUE, ALIGN)
+            v1 = attention_decoded(v1, q1.dtype)
             sums1 = tl.dot(weights, v1, sums1 * fade[:, None], input_precision=PRECISION)
             if V2 > 0:
                 v2 = attention_piece(v_base, columns, v_row, there, EDGE, V1, V2, VALUE, ALIGN)
                 sums2 = tl.dot(
-                    weights, v2.to(q1.dtype), sums2 * fade[:, None], input_precision=PRECISION
+                    weights,
+                    attention_decoded(v2, q1.dtype),
+                    sums2 * fade[:, None],
+                    input_precision=PRECISION,
                 )
 
     unit: tl.constexpr = 1.0 if NATURAL else LOG2E

@@ -39,6 +39,32 @@ def attention_piece(
 
 
 @triton.jit
+def attention_either(one, other):
+    return one | other
+
+
+@triton.jit
+def attention_decoded(tile, TYPE: tl.constexpr):
+    """A stored tile as floats of TYPE; bytes by a mantissa: conversions run at a quarter rate."""
+    if tile.dtype == TYPE:
+        return tile
+    if tile.dtype != tl.int8:
+        values = tile.to(TYPE)
+    elif tl.float16 == TYPE:
+        code = tile.to(tl.uint8, bitcast=True).to(tl.int16)
+        values = ((code ^ 0x80) | 0x6400).to(tl.float16, bitcast=True) - 1152.0
+    else:
+        code = tile.to(tl.uint8, bitcast=True).to(tl.int32)
+        wide = ((code ^ 0x80) | 0x4B000000).to(tl.float32, bitcast=True)
+        values = (wide - 8388736.0).to(TYPE)
+    # A reduction of one element, so that this is done once for all warps: Triton would move plain
+    # arithmetic behind the shared memory, where every warp does it again for itself.
+    BITS: tl.constexpr = tl.int32 if tl.float32 == TYPE else tl.int16
+    bits = values.to(BITS, bitcast=True).reshape(tile.shape[0], tile.shape[1], 1)
+    return tl.reduce(bits, 2, attention_either).to(TYPE, bitcast=True)
+
+
+@triton.jit
 def attention_keep(
     BASE, tile, rows, stride, inside, FIRST: tl.constexpr, SIZE: tl.constexpr, HEAD: tl.constexpr,
     ALIGN: tl.constexpr
