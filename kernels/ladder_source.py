@@ -59,13 +59,17 @@ def _from_file(path: Path) -> TritonSpec:
 
 
 def _load(path: Path) -> Any:
-    """The module of a file. It stays in sys.modules: Triton reads a kernel's source through it."""
+    """The module of a file, which may import files beside it.
+
+    It stays in sys.modules: Triton reads a kernel's source through it.
+    """
     name = f"planish_verified_{path.stem}"
     made = importlib.util.spec_from_file_location(name, path.resolve())
     if made is None or made.loader is None:
         raise NotAKernelFile(f"{path} is not a python file")
     module = importlib.util.module_from_spec(made)
     sys.modules[name] = module
+    sys.path.append(str(path.resolve().parent))
     try:
         made.loader.exec_module(module)
     except PlanishError:
