@@ -21,7 +21,9 @@ def linear_field_kernel(
     SCALE,
     ZERO,
     BOOK,
-    book_group,
+    SCALE_BOOK,
+    SECOND,
+    OFFSET,
     OUT,
     height,
     width,
@@ -49,6 +51,8 @@ def linear_field_kernel(
     TOGETHER: tl.constexpr,
     GROUP: tl.constexpr,
     CENTRE: tl.constexpr,
+    BOOKS: tl.constexpr,
+    EVERY: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
     BM: tl.constexpr,
@@ -58,8 +62,8 @@ def linear_field_kernel(
     """X [M, K], WORDS [blocks, planes, N, RUN] to OUT [M, N]; see `linear_field_sums`."""
     row, column = linear_tile(tl.program_id(0), tl.cdiv(height, BM), tl.cdiv(width, BN), TILES)
     sums = linear_field_sums(
-        X, WORDS, SCALE, ZERO, BOOK, book_group, row * BM, column * BN, height, width, length,
-        x_stride, groups, 0, blocks, BITS, RUN, FIELDS, TOGETHER, GROUP, CENTRE, PRECISION, ALIGN,
+        X, WORDS, SCALE, ZERO, BOOK, SCALE_BOOK, SECOND, OFFSET, row * BM, column * BN, height, width,
+        length, x_stride, groups, 0, blocks, BITS, RUN, FIELDS, TOGETHER, GROUP, CENTRE, BOOKS, EVERY, PRECISION, ALIGN,
         BM, BN,
     )  # fmt: skip
     linear_store_tile(
@@ -75,7 +79,9 @@ def linear_field_split_kernel(
     SCALE,
     ZERO,
     BOOK,
-    book_group,
+    SCALE_BOOK,
+    SECOND,
+    OFFSET,
     PARTS,
     height,
     width,
@@ -90,6 +96,8 @@ def linear_field_split_kernel(
     TOGETHER: tl.constexpr,
     GROUP: tl.constexpr,
     CENTRE: tl.constexpr,
+    BOOKS: tl.constexpr,
+    EVERY: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
     BM: tl.constexpr,
@@ -98,9 +106,9 @@ def linear_field_split_kernel(
     """Sums over `run` blocks for each split: PARTS [splits, M, N], M up to BM."""
     column, split = tl.program_id(0) * BN, tl.program_id(1)
     sums = linear_field_sums(
-        X, WORDS, SCALE, ZERO, BOOK, book_group, split * 0, column, height, width, length, x_stride,
-        groups, split * run, tl.minimum(split * run + run, blocks), BITS, RUN, FIELDS, TOGETHER,
-        GROUP, CENTRE, PRECISION, ALIGN, BM, BN,
+        X, WORDS, SCALE, ZERO, BOOK, SCALE_BOOK, SECOND, OFFSET, split * 0, column, height, width,
+        length, x_stride, groups, split * run, tl.minimum(split * run + run, blocks), BITS, RUN, FIELDS, TOGETHER,
+        GROUP, CENTRE, BOOKS, EVERY, PRECISION, ALIGN, BM, BN,
     )  # fmt: skip
     rows, columns = tl.arange(0, BM), column + tl.arange(0, BN)
     at = (split * height + rows).to(tl.int64)[None, :] * width + columns[:, None]

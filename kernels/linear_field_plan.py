@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,29 +44,54 @@ def _tiles(tile: Mapping[str, Any], height: int, width: int) -> int:
     return triton.cdiv(height, tile["BM"]) * triton.cdiv(width, tile["BN"])
 
 
+@dataclass(frozen=True)
+class CodedWeight:
+    """A weight [N, K] in bit fields, as `linear_field_sums` reads it.
+
+    words: int16 [blocks, planes, N, run]. scale: [groups, N]. zero: uint8 [groups, N], or None
+    where it is `centre`. group: columns that share a scale. book: [2^bits] or [groups, N, 2^bits].
+    scale_book [256], second and offset [1]: float32, of scales that are uint8 codes; `every`
+    scales share an element of second.
+    """
+
+    words: Tensor
+    scale: Tensor
+    bits: int
+    group: int
+    zero: Tensor | None = None
+    centre: int = 0
+    book: Tensor | None = None
+    scale_book: Tensor | None = None
+    second: Tensor | None = None
+    offset: Tensor | None = None
+    every: int = 1
+
+
 def field_plan(
     problem: LinearProblem,
-    coded: Mapping[str, Any],
-    bits: int,
-    group: int,
-    centre: int,
+    weight: CodedWeight,
     precision: str,
     config: Config | None,
     arch: str,
 ) -> Plan:
-    """coded: WORDS [blocks, planes, N, run], SCALE, ZERO [groups, N], BOOK, book_group."""
-    words: Tensor = coded["WORDS"]
-    blocks, _, _, run = words.shape
-    groups = coded["SCALE"].numel() // problem.width
+    bits = weight.bits
+    blocks, _, _, run = weight.words.shape
+    groups = weight.scale.shape[0]
     fields = 16 if bits == 3 else 16 // bits
-    runs = 0 if groups == 1 else group // run
+    runs = 0 if groups == 1 else weight.group // run
     align = _aligned(problem.rows)
     together = math.gcd(runs, fields)
     chosen = config or choose(problem.height, problem.width, arch)
     chosen = _smaller(chosen, problem.rows.dtype, fields, together)
     args = {
         "X": problem.rows,
-        **coded,
+        "WORDS": weight.words,
+        "SCALE": weight.scale,
+        "ZERO": weight.zero,
+        "BOOK": weight.book,
+        "SCALE_BOOK": weight.scale_book,
+        "SECOND": weight.second,
+        "OFFSET": weight.offset,
         "height": problem.height,
         "width": problem.width,
         "length": problem.length // align,
@@ -80,7 +105,9 @@ def field_plan(
         "FIELDS": fields,
         "TOGETHER": together,
         "GROUP": runs,
-        "CENTRE": centre,
+        "CENTRE": weight.centre,
+        "BOOKS": weight.book is not None and weight.book.dim() > 1,
+        "EVERY": weight.every,
         "PRECISION": precision,
         "ALIGN": align,
     }

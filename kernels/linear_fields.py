@@ -79,13 +79,34 @@ def linear_field_entry(
 
 
 @triton.jit
+def linear_field_scale(
+    SCALE, SCALE_BOOK, SECOND, OFFSET, group, columns, width, groups, inside, EVERY: tl.constexpr
+):
+    """Scales of a group for rows of the weight, float32.
+
+    SCALE: [groups, N]; floats, or with SCALE_BOOK, codes: entry * SECOND + OFFSET, with a SECOND
+    for every EVERY of the weight's groups, counted along its rows.
+    """
+    held = tl.load(SCALE + group * width + columns, mask=inside, other=0)
+    if SCALE_BOOK is None:
+        scale = held.to(tl.float32)
+    else:
+        place = (columns.to(tl.int64) * groups + group) // EVERY
+        second = tl.load(SECOND + place, mask=inside, other=0.0)
+        scale = tl.load(SCALE_BOOK + held.to(tl.int32)) * second + tl.load(OFFSET)
+    return scale
+
+
+@triton.jit
 def linear_field_sums(
     X,
     WORDS,
     SCALE,
     ZERO,
     BOOK,
-    book_group,
+    SCALE_BOOK,
+    SECOND,
+    OFFSET,
     row,
     column,
     height,
@@ -101,6 +122,8 @@ def linear_field_sums(
     TOGETHER: tl.constexpr,
     GROUP: tl.constexpr,
     CENTRE: tl.constexpr,
+    BOOKS: tl.constexpr,
+    EVERY: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
     BM: tl.constexpr,
@@ -110,7 +133,8 @@ def linear_field_sums(
 
     GROUP: runs that share a scale, 0 for one scale a row. TOGETHER: fields whose products are
     added before they are scaled. CENTRE: the zero point where ZERO is None. BOOK: a codebook of
-    2^BITS entries for all (book_group 0), or one for each row and group, book_group = 2^BITS.
+    2^BITS entries, one for all or, with BOOKS, one for each group and row. SCALE_BOOK, SECOND,
+    OFFSET, EVERY: of scales that are coded themselves, see `linear_field_scale`.
     """
     DTYPE: tl.constexpr = X.dtype.element_ty
     UNIT: tl.constexpr = 512.0 if BOOK is None and DTYPE == tl.float16 else 1.0
@@ -119,50 +143,55 @@ def linear_field_sums(
     rows, columns, along = row + tl.arange(0, BM), column + tl.arange(0, BN), tl.arange(0, RUN)
     high, wide = (rows < height)[:, None], columns < width
     plane = width.to(tl.int64) * RUN
-    w_at = tl.multiple_of(WORDS + column.to(tl.int64) * RUN, 16)
+    w_at = WORDS + column.to(tl.int64) * RUN
     w_tile = tl.arange(0, BN)[:, None] * RUN + along[None, :]
-    x_at = tl.multiple_of(X + row.to(tl.int64) * x_stride, 2 * ALIGN)
+    x_at = X + row.to(tl.int64) * x_stride
     x_tile = tl.arange(0, BM)[:, None] * x_stride + along[None, :]
     middle = tl.full([1, 1], CENTRE, tl.float32)
     sums = tl.zeros([BN, BM], tl.float32)
     for block in range(start, stop):
-        at = w_at + block * PLANES * plane + w_tile
+        at = tl.multiple_of(w_at + block * PLANES * plane, 16) + w_tile
         one = tl.load(at, mask=wide[:, None], other=0)
         two, three = one, one
         if BITS == 3:
             two = tl.load(at + plane, mask=wide[:, None], other=0)
             three = tl.load(at + 2 * plane, mask=wide[:, None], other=0)
         for chunk in tl.static_range(FIELDS // TOGETHER):
-            zero, part = middle, sums
+            zero, part, group = middle, sums, 0
             if GROUP > 0:
                 group = tl.minimum((block * FIELDS + chunk * TOGETHER) // GROUP, groups - 1)
-                of_group = group * width + columns
                 part = tl.zeros([BN, BM], tl.float32)
-            else:
-                of_group = columns
             if ZERO is not None:
-                zero = tl.load(ZERO + of_group, mask=wide, other=0).to(tl.float32)[:, None]
+                zero = tl.load(ZERO + group * width + columns, mask=wide, other=0)
+                zero = zero.to(tl.float32)[:, None]
             for member in tl.static_range(TOGETHER):
                 # Written out twice over: a compile-time number cannot be assigned in a loop.
                 k = (block * FIELDS + chunk * TOGETHER + member) * RUN
                 inside = high & (k + along < length)[None, :]
-                x = tl.load(x_at + k + x_tile, mask=inside, other=0.0)
+                x = tl.load(tl.multiple_of(x_at + k, 2 * ALIGN) + x_tile, mask=inside, other=0.0)
                 if BOOK is None:
                     w = linear_field_value(
                         one, two, three, zero, chunk * TOGETHER + member, BITS, DTYPE
                     )
                 else:
-                    book = BOOK + (tl.where(wide, of_group, 0) * book_group)[:, None]
+                    book = BOOK
+                    if BOOKS:
+                        at_row = tl.where(wide, group * width + columns, 0).to(tl.int64)
+                        book = BOOK + (at_row << BITS)[:, None]
                     w = linear_field_entry(
                         one, two, three, book, chunk * TOGETHER + member, BITS, DTYPE
                     )
                 part = tl.dot(w, x.T, part, input_precision=PRECISION)
             if GROUP > 0:
-                scale = tl.load(SCALE + of_group, mask=wide, other=0.0).to(tl.float32) * UNIT
-                sums += part * scale[:, None]
+                scale = linear_field_scale(
+                    SCALE, SCALE_BOOK, SECOND, OFFSET, group, columns, width, groups, wide, EVERY
+                )  # fmt: skip
+                sums += part * (scale * UNIT)[:, None]
             else:
                 sums = part
     if GROUP == 0:
-        scale = tl.load(SCALE + columns, mask=wide, other=0.0).to(tl.float32) * UNIT
-        sums *= scale[:, None]
+        scale = linear_field_scale(
+            SCALE, SCALE_BOOK, SECOND, OFFSET, 0, columns, width, groups, wide, EVERY
+        )
+        sums *= (scale * UNIT)[:, None]
     return sums

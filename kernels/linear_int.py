@@ -20,7 +20,7 @@ from ..ir.gpu_layouts import FieldWords
 from ..ir.layouts import widen
 from .epilogue import standard
 from .launch import Config, Plan
-from .linear_field_plan import FIELD_CONFIGS, field_plan
+from .linear_field_plan import FIELD_CONFIGS, CodedWeight, field_plan
 from .linear_int_cases import CASES, FORMS
 from .linear_problem import (
     EPILOGUE_SCHEMA,
@@ -149,8 +149,8 @@ def plan(
     problem = linear_problem(
         x, words.shape[2], (bias, gate, residual), activation, finish, operands
     )
-    coded = {"WORDS": words, "SCALE": scale, "ZERO": zero, "BOOK": None, "book_group": 0}
-    return field_plan(problem, coded, bits, group, 1 << (bits - 1), precision, config, arch)
+    weight = CodedWeight(words, scale, bits, group, zero, centre=1 << (bits - 1))
+    return field_plan(problem, weight, precision, config, arch)
 
 
 def why_not(

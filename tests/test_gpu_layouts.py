@@ -44,7 +44,7 @@ def test_one_code_sets_the_bits_that_are_documented(bits: int) -> None:
         block, within = divmod(column, layout.block)
         field, word = divmod(within, 16)
         if bits == 3 and field == 15:
-            expected = {plane: 1 << 15 for plane in range(3)}
+            expected = dict.fromkeys(range(3), 1 << 15)
         else:
             per_word = 16 // bits
             shift = field % per_word * bits
