@@ -242,4 +242,4 @@ def _up_to(queries: int, first: int, most: int) -> int:
     start = first + skipped
     rising = min(max(most - start, 0), queries - skipped)
     full = queries - skipped - rising
-    return rising * start + rising * (rising - 1) // 2 + full * min(max(start, 0), most)
+    return rising * start + rising * (rising - 1) // 2 + full * most

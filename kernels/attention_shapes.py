@@ -70,17 +70,13 @@ def fitted(
     """A configuration cut down to the head size, the element type and the blocks of a map."""
     tile, width = config.constants["BM"], config.constants["BN"]
     warps, stages = config.num_warps, config.num_stages
-    wide = q.element_size() // 2
-    heads = sum(piece(q.shape[-1])) + sum(piece(v.shape[-1]))
-    cuts = (
-        0 if heads * wide <= 128 else 1 if heads * wide <= 320 else 2 if heads * wide <= 640 else 3
-    )
-    if arch.startswith("gfx11") and cuts:
+    channels = (sum(piece(q.shape[-1])) + sum(piece(v.shape[-1]))) * q.element_size() // 2
+    cuts = sum(channels > most for most in _cuts(arch))
+    if q.dtype == torch.float32 and not (tf32 and arch.startswith("sm_")):
+        # No tensor core: every thread holds a square of scores.
+        tile, width, warps, cuts = min(tile, 64), 32, 8, 0
+    elif arch.startswith("gfx11") and cuts:
         tile, width, warps, cuts = min(tile, 32), 16, 8, 0
-    exact = q.dtype == torch.float32 and not (tf32 and arch.startswith("sm_"))
-    if exact:  # no tensor core: every thread holds a square of scores
-        tile, warps = min(tile, 64), 8
-        width = min(width, 64)
     elif cuts and warps <= 4 and tile > 64:
         tile, cuts = tile // 2, cuts - 1
     width = max(16, width >> cuts)
@@ -88,7 +84,17 @@ def fitted(
         tile, width = min(tile, limit[0]), min(width, limit[1])
     while stages > 1 and _shared(tile, width, stages, q, v) > shared_limit(arch):
         stages -= 1
+    while tile > 16 and _shared(tile, width, stages, q, v) > shared_limit(arch):
+        tile //= 2
     return replace(config, constants={"BM": tile, "BN": width}, num_warps=warps, num_stages=stages)
+
+
+def _cuts(arch: str) -> tuple[int, ...]:
+    """Channels of keys and values together, in 16 bits, past which key tiles are halved again.
+
+    Where warps multiply for themselves they hold the sums and a copy of the queries.
+    """
+    return (128, 319, 511) if arch.startswith(("sm_8", "sm_12")) else (128, 320, 640)
 
 
 def _shared(tile: int, width: int, stages: int, q: Tensor, v: Tensor) -> int:
