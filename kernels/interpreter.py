@@ -32,9 +32,9 @@ class InterpreterOff(PlanishError):
 def repair(tf32: bool = False, strict: bool = True) -> Repair:
     """Repair the interpreter of this process, until the end of it or of a `with` block.
 
-    tf32: tl.dot of float32 rounds its operands where the kernel does not ask for "ieee". strict: a
-    pointer may reach the elements of its view only, from the first to the last; otherwise the whole
-    storage of it. Raises MissingExtra, WrongTriton, InterpreterOff.
+    tf32: tl.dot of float32 cuts its operands to tf32 where the kernel does not ask for "ieee".
+    strict: a pointer may reach the elements of its view only, from the first to the last; otherwise
+    the whole storage of it. Raises MissingExtra, WrongTriton, InterpreterOff.
     """
     check_triton()
     return Repair(_interpreter(), tf32, strict)

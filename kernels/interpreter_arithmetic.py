@@ -34,7 +34,7 @@ class Arithmetic:
     """Replacements of the interpreter's methods that compute.
 
     A handle of bfloat16 holds bits in uint16; they are decoded, computed on and encoded. tf32:
-    tl.dot of float32 rounds its operands where the kernel does not ask for "ieee".
+    tl.dot of float32 cuts its operands where the kernel does not ask for "ieee".
     """
 
     def __init__(self, module: Any, tf32: bool) -> None:
@@ -126,12 +126,12 @@ class Arithmetic:
         self, original: Any, builder: Any, a: Any, b: Any, sums: Any, precision: Any, most: Any
     ) -> Any:
         left, right = self._floats(a), self._floats(b)
-        if left.dtype == np.float32 and "IEEE" not in str(precision) and self._rounds_to_tf32(a):
+        if left.dtype == np.float32 and "IEEE" not in str(precision) and self._cuts_to_tf32(a):
             left, right = tf32_values(left), tf32_values(right)
         product = np.matmul(left, right, dtype=sums.data.dtype) + sums.data
         return self._module.TensorHandle(product, sums.dtype.scalar)
 
-    def _rounds_to_tf32(self, operand: Any) -> bool:
+    def _cuts_to_tf32(self, operand: Any) -> bool:
         return self._tf32 and operand.dtype.scalar == self._tl.float32
 
     def _decoded(self, tensor: Any) -> Any:

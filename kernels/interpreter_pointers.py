@@ -88,8 +88,8 @@ class Pointers:
             if isinstance(value, float):  # not the weak type of a number in the source
                 handle = self._module.TensorHandle(np.array([value], np.float32), tl.float32)
                 return tl.tensor(handle, tl.float32)
-            if type(value) is int and value == 1:  # compiled in as a constant, not as a tensor
-                return value
+            if _is_one(value):  # compiled in as a constant, not as a tensor
+                return 1
             made = original(value)
             if hasattr(value, "data_ptr"):
                 made.handle.attr[_EXTENT] = self._extents[value.data_ptr()]
@@ -172,6 +172,10 @@ def _line_of_kernel(error: BaseException) -> str:
 
 def _is_machinery(file: str) -> bool:
     return f"{os.sep}triton{os.sep}" in file or Path(file).name.startswith("interpreter")
+
+
+def _is_one(value: Any) -> bool:
+    return type(value) is int and value == 1
 
 
 def _is_descriptor(value: Any) -> bool:
