@@ -194,7 +194,7 @@ def linear_bytes_reduce_kernel(
     inside = (rows[:, None] < height) & (columns[None, :] < width)
     at = rows.to(tl.int64)[:, None] * width + columns[None, :]
     sums = tl.zeros([BM, BN], PARTS.dtype.element_ty)
-    step = height.to(tl.int64) * width
+    step = tl.cast(height, tl.int64) * width
     for split in range(0, splits):
         sums += tl.load(PARTS + split * step + at, mask=inside, other=0.0)
     scaled = linear_bytes_scaled(
