@@ -60,7 +60,7 @@ def export(
         list[str] | None,
         typer.Option("--set", metavar="PASS.OPTION=VALUE", help="Change an option; repeatable."),
     ] = None,
-    target: Annotated[str, typer.Option(help="onnx or torch.")] = "onnx",
+    target: Annotated[str, typer.Option(help="onnx, torch or triton.")] = "onnx",
     profile: Annotated[
         str | None, typer.Option(help="onnx: ort (the default) or standard.")
     ] = None,
@@ -72,6 +72,14 @@ def export(
             help="Change an option of the target; onnx: activations=int8 (faster, rounds more), "
             "logits=last (of a prompt only what generating reads), "
             "attention=mha (MultiHeadAttention where it fits).",
+        ),
+    ] = None,
+    arch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="sm_80,sm_90,...",
+            help="triton: the GPUs to compile for, of sm_80, sm_89, sm_90, sm_100, sm_120, gfx942 "
+            "and gfx1100 (short for --target-set arch=...).",
         ),
     ] = None,
     kv_cache: Annotated[
@@ -102,7 +110,8 @@ def export(
             verify=verify,
             calibration=calibration,
             force=force,
-            target_options=parse_settings(target_options or [], "--target-set"),
+            target_options=parse_settings(target_options or [], "--target-set")
+            | ({"arch": arch} if arch is not None else {}),
             kv_cache=kv_cache,
         )
         write_json(json_file, plan_export(order) if dry_run else export_model(order))

@@ -7,7 +7,6 @@ less. A region is a unit in the order of execution, so it may not depend on what
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -174,27 +173,22 @@ def _outside(members: list[Node], extra: Node | None = None) -> set[Node]:
     return {read for node in inside for read in node.all_input_nodes if read not in inside}
 
 
-def find_epilogue(product: Node, passes: Callable[[Node], bool]) -> list[Node]:
+def find_epilogue(product: Node) -> list[Node]:
     """The chain of pointwise operations after a matmul that its kernel can do on its sums.
 
-    passes: whether a node only views its input with the same rows and columns. Every link but the
-    last is read by the next alone; views at the end are left outside.
+    Every link but the last is read by the next alone.
     """
     chain: list[Node] = []
-    kept = 0
     value, operands = product, 0
     while len(value.users) == 1:
         (user,) = value.users
-        if passes(user):
-            chain.append(user)
-        elif (more := _operands(user, value)) is not None and operands + more <= MOST_OPERANDS:
-            chain.append(user)
-            operands += more
-            kept = len(chain)
-        else:
+        more = _operands(user, value)
+        if more is None or operands + more > MOST_OPERANDS:
             break
+        chain.append(user)
+        operands += more
         value = user
-    return chain[:kept]
+    return chain
 
 
 def _operands(user: Node, value: Node) -> int | None:

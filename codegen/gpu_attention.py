@@ -2,61 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
-from ..ir.edit import Editor
 from ..ir.pattern import bound_arguments
 from ..ir.program import Node
 from ..kernels.catalog import triton_kernels
-from .gpu_products import declined, emit_several
+from .gpu_calls import Calls
 
 _PLANISH = torch.ops.planish
 
 
-def lower_attentions(editor: Editor, archs: Sequence[str]) -> list[str]:
+def lower_attentions(calls: Calls) -> list[str]:
     """Every attention that flash attention takes; a sentence for each that stays."""
     spec, sentences = triton_kernels()["attention"], list[str]()
-    for node in editor.graph.find_nodes(op="call_function", target=_PLANISH.attention.default):
+    graph = calls.editor.graph
+    for node in graph.find_nodes(op="call_function", target=_PLANISH.attention.default):
         call = bound_arguments(node)
-        reason = declined(spec, archs, call)
+        reason = calls.declined(spec, call)
         if reason:
-            sentences.append(f"%{node.name} keeps its scores in memory because {reason}")
-            continue
-        with editor.at(node):
-            out, _ = emit_several(editor, spec, call, node)
-        editor.replace(node, out)
+            sentences.append(f"%{node.name} is not flash attention because {reason}")
+        else:
+            calls.replace_several([node], spec, call)
     return sentences
 
 
-def lower_rotaries(editor: Editor, archs: Sequence[str]) -> list[str]:
+def lower_rotaries(calls: Calls) -> list[str]:
     """Rotary embeddings, those of queries and keys of one attention in one launch."""
     spec, sentences = triton_kernels()["rotary"], list[str]()
-    waiting = editor.graph.find_nodes(op="call_function", target=_PLANISH.rotary.default)
+    graph = calls.editor.graph
+    waiting = graph.find_nodes(op="call_function", target=_PLANISH.rotary.default)
     while waiting:
         first = waiting.pop(0)
-        second = waiting[0] if waiting and _paired(first, waiting[0]) else None
         given = bound_arguments(first)
-        call = {"q": given["x"], "k": None, **{k: given[k] for k in ("cos", "sin", "interleaved")}}
-        if second is not None:
-            both = {**call, "k": bound_arguments(second)["x"]}
-            if declined(spec, archs, both) is None:
-                call = both
-                waiting.pop(0)
-            else:
-                second = None
-        reason = declined(spec, archs, call)
+        call = {"q": given.pop("x"), "k": None, **given}
+        if waiting and _paired(first, waiting[0]):
+            both = {**call, "k": bound_arguments(waiting[0])["x"]}
+            if calls.declined(spec, both) is None:
+                calls.replace_several([first, waiting.pop(0)], spec, both)
+                continue
+        reason = calls.declined(spec, call)
         if reason:
             sentences.append(f"%{first.name} is turned in several operations because {reason}")
-            continue
-        last = second or first
-        with editor.at(last):
-            q, k = emit_several(editor, spec, call, last)
-        q.meta["val"] = first.meta["val"]
-        editor.replace(first, q)
-        if second is not None:
-            editor.replace(second, k)
+        else:
+            calls.replace_several([first], spec, call)
     return sentences
 
 

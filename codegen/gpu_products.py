@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..ir.edit import Editor, same_size
+from ..ir.edit import same_size
 from ..ir.encoded import Encoded
 from ..ir.pattern import bound_arguments
 from ..ir.program import Node
 from ..ir.weights import Derived
 from ..kernels.catalog import triton_kernels
-from ..kernels.triton_spec import TritonSpec
 from .find_regions import find_epilogue, keeps_rows
+from .gpu_calls import Calls
 from .gpu_weights import packed_arguments
 from .kernel_call import KernelCall
 from .region import Region, cut_region
@@ -31,19 +29,22 @@ _PRODUCTS: dict[Any, tuple[str, str, str | None, bool]] = {
 }
 
 
-def lower_products(editor: Editor, archs: Sequence[str]) -> list[str]:
-    """Every product with a weight that a kernel takes; a sentence for each that stays."""
+def lower_products(calls: Calls, dense: bool = True) -> list[str]:
+    """Every product with a weight that a kernel takes; a sentence for each that stays.
+
+    dense: those with dense weights too; False leaves them to the vendor's library.
+    """
     sentences: list[str] = []
-    for node in list(editor.graph.nodes):
+    for node in list(calls.editor.graph.nodes):
         if node.target not in _PRODUCTS:
             continue
-        reason = _lower(editor, node, archs)
+        reason = _lower(calls, node, dense)
         if reason:
             sentences.append(f"%{node.name} is torch's product because {reason}")
     return sentences
 
 
-def _lower(editor: Editor, node: Node, archs: Sequence[str]) -> str | None:
+def _lower(calls: Calls, node: Node, dense: bool) -> str | None:
     activations, weight, bias, turned = _PRODUCTS[node.target]
     given = bound_arguments(node)
     weight_node, x = given[weight], given[activations]
@@ -53,22 +54,21 @@ def _lower(editor: Editor, node: Node, archs: Sequence[str]) -> str | None:
         return reason
     wide = _source(x)
     call: dict[str, Any] = {"x": wide, "bias": given[bias] if bias else None}
-    entry = editor.program.weights.entry(str(weight_node.target))
+    entry = calls.editor.program.weights.entry(str(weight_node.target))
     if isinstance(entry, Encoded):
-        packed = packed_arguments(editor, weight_node, entry, turned)
+        packed = packed_arguments(calls.editor, weight_node, entry, -2 if turned else -1)
         if isinstance(packed, str):
             return packed
         spec, more = packed
         call |= more
+    elif not dense:
+        return "its weight is dense"
     else:
         spec = triton_kernels()["linear_dense"]
-        call["weight"] = _turned(editor, weight_node, entry) if turned else weight_node
-    if reason := declined(spec, archs, call):
+        call["weight"] = _turned(calls, weight_node, entry) if turned else weight_node
+    if reason := calls.declined(spec, call):
         return reason
-    place = _result(node, wide)
-    with editor.at(node):
-        new = emit(editor, spec, call, place)
-    editor.replace(place, new)
+    calls.replace(_result(node, wide), spec, call)
     return None
 
 
@@ -94,102 +94,52 @@ def _result(node: Node, wide: Node) -> Node:
     lead = wide.meta["val"].shape[:-1]
     for user in node.users:
         mine = user.meta["val"].shape[:-1] if keeps_rows(user) else ()
-        fits = len(mine) == len(lead) and all(
-            same_size(a, b) for a, b in zip(mine, lead, strict=True)
-        )
-        if fits and len(node.users) == 1:
+        same = len(mine) == len(lead) and all(map(same_size, mine, lead))
+        if same and len(node.users) == 1:
             return user
     return node
 
 
-def _turned(editor: Editor, weight: Node, entry: Any) -> Node:
+def _turned(calls: Calls, weight: Node, entry: Any) -> Node:
     """[in, out] as [out, in], written so in the package."""
     rows, columns = weight.meta["val"].shape
-    name = f"{weight.target}.turned"
-    if name in editor.program.weights:
-        return editor.weight(name)
-    shape = torch.Size((columns, rows))
-    made = Derived(
-        (entry,), lambda w: w.t().contiguous(), shape, weight.meta["val"].dtype, "turned"
-    )
-    return editor.weight(name, made)
+    name, shape = f"{weight.target}.turned", torch.Size((columns, rows))
+    if name in calls.editor.program.weights:
+        return calls.editor.weight(name)
+    dtype = weight.meta["val"].dtype
+    made = Derived((entry,), lambda w: w.t().contiguous(), shape, dtype, "turned")
+    return calls.editor.weight(name, made)
 
 
-def emit(editor: Editor, spec: TritonSpec, call: Mapping[str, Any], place: Node) -> Node:
-    """A call of a kernel that stands for `place`, with its value."""
-    node = editor.graph.call_function(KernelCall(spec), (), dict(call))
-    node.meta["module"] = place.meta.get("module", "")
-    node.meta["val"] = place.meta["val"]
-    node.meta["stands_for"] = place.name
-    return node
-
-
-def emit_several(
-    editor: Editor, spec: TritonSpec, call: Mapping[str, Any], place: Node
-) -> tuple[Node, ...]:
-    """A call of a kernel with several results, and the nodes that take each from it."""
-    node = emit(editor, spec, call, place)
-    with editor.mode, torch.no_grad():
-        values: tuple[Tensor, ...] = node.target(**fake(call))  # type: ignore[operator]
-    node.meta["val"] = values
-    items = [editor.graph.call_function(operator.getitem, (node, i)) for i in range(len(values))]
-    for made, value in zip(items, values, strict=True):
-        made.meta = {"module": node.meta["module"], "val": value}
-    return tuple(items)
-
-
-def declined(spec: TritonSpec, archs: Sequence[str], call: Mapping[str, Any]) -> str | None:
-    """Why a kernel cannot take a call on one of the architectures."""
-    arguments = fake(call)
-    for arch in archs:
-        reason = spec.why_not(arch, **arguments)
-        if reason:
-            return f"{reason} ({arch})" if len(archs) > 1 else reason
-    return None
-
-
-def fake(call: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments with the fake values of nodes."""
-    return {k: v.meta["val"] if isinstance(v, torch.fx.Node) else v for k, v in call.items()}
-
-
-def fuse_epilogues(editor: Editor) -> list[Region]:
+def fuse_epilogues(calls: Calls) -> list[Region]:
     """Give the linear kernels what they can do to their sums; returns the epilogues."""
     found: list[Region] = []
-    for node in list(editor.graph.nodes):
+    for node in list(calls.editor.graph.nodes):
         call = node.target
         if not isinstance(call, KernelCall) or not call.spec.name.startswith("linear_"):
             continue
-        chain = find_epilogue(node, lambda user: False)
+        chain = find_epilogue(node)
         if chain:
-            found.append(_absorb(editor, node, chain))
+            found.append(_absorb(calls, node, call, chain))
     return found
 
 
-def _absorb(editor: Editor, node: Node, chain: list[Node]) -> Region:
-    call = node.target
-    assert isinstance(call, KernelCall)
-    region = cut_region(chain, "epilogue")
-    last = chain[-1]
-    with editor.graph.inserting_before(last):
-        ordered = _sums_first(region, node)
-        new = editor.graph.call_function(
-            KernelCall(call.spec, ordered),
-            (),
-            {**node.kwargs, "operands": tuple(ordered.inputs[1:])},
-        )
+def _absorb(calls: Calls, node: Node, call: KernelCall, chain: list[Node]) -> Region:
+    graph, last = calls.editor.graph, chain[-1]
+    region = _sums_first(cut_region(chain, "epilogue"), node)
+    arguments = {**node.kwargs, "operands": tuple(region.inputs[1:])}
+    with graph.inserting_before(last):
+        new = graph.call_function(KernelCall(call.spec, region), (), arguments)
     new.meta = dict(last.meta)
     last.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
-    for member in reversed(chain):
-        editor.graph.erase_node(member)
-    editor.graph.erase_node(node)
-    return ordered
+    for member in [*reversed(chain), node]:
+        graph.erase_node(member)
+    return region
 
 
 def _sums_first(region: Region, product: Node) -> Region:
     """The same region with the matmul's result as its first input."""
-    first = region.inner[product]
-    head = next(iter(region.graph.nodes))
+    first, head = region.inner[product], next(iter(region.graph.nodes))
     if first is not head:
         head.prepend(first)
     region.inputs = [product, *(n for n in region.inputs if n is not product)]

@@ -7,11 +7,32 @@ from typing import Any
 from ..ir.edit import Editor
 from ..ir.encoded import Encoded
 from ..ir.program import Node
+from ..kernels.catalog import triton_kernels
 from ..kernels.triton_spec import TritonSpec
 
 
 def packed_arguments(
-    editor: Editor, weight: Node, entry: Encoded, turned: bool
+    editor: Editor, weight: Node, entry: Encoded, axis: int
 ) -> tuple[TritonSpec, dict[str, Any]] | str:
-    """The kernel and its arguments for an encoded weight, or why there is none."""
-    return f"its weight is {entry.format.name}"
+    """The kernel and its arguments for an encoded weight, or why there is none.
+
+    axis: of the weight, that the product sums over. The packed parts become weights of their own,
+    shared by all readers of one weight.
+    """
+    from ..kernels.linear_int import pack, why_not_pack
+
+    if entry.axis != axis:
+        return "its groups do not lie along the axis that is summed"
+    if reason := why_not_pack(entry):
+        return reason
+    packed = pack(entry)
+    parts = {"words": packed.words, "scale": packed.scale, "zero": packed.zero}
+    nodes = {
+        kind: None if part is None else _part(editor, f"{weight.target}.{kind}", part)
+        for kind, part in parts.items()
+    }
+    return triton_kernels()["linear_int"], {**nodes, "bits": packed.bits, "group": packed.group}
+
+
+def _part(editor: Editor, name: str, part: Any) -> Node:
+    return editor.weight(name) if name in editor.program.weights else editor.weight(name, part)

@@ -12,6 +12,7 @@ from ..ir.program import Node, Program
 from ..ir.text import value_names
 from .find_regions import find_regions, saved_bytes
 from .gpu_attention import lower_attentions, lower_rotaries
+from .gpu_calls import Calls
 from .gpu_products import fuse_epilogues, lower_products
 from .kernel_call import KernelCall
 from .region import Region, cut_region, put_region
@@ -43,11 +44,10 @@ def lower_for_triton(program: Program, archs: Sequence[str] = ("sm_80",)) -> Tri
     for node, name in value_names(lowered.graph).items():
         node.meta["named"] = name  # for whoever reads what a kernel was made of
     editor = Editor(lowered)
-    sentences = lower_products(editor, archs)
-    sentences += lower_rotaries(editor, archs)
-    sentences += lower_attentions(editor, archs)
+    calls = Calls(editor, archs)
+    sentences = [*lower_products(calls), *lower_rotaries(calls), *lower_attentions(calls)]
     editor.sweep()
-    fuse_epilogues(editor)
+    fuse_epilogues(calls)
     result = TritonLowering(lowered, sentences)
     for members in find_regions(lowered.graph):
         region = cut_region(members)

@@ -66,3 +66,23 @@ def test_whole_models(name: str, tmp_path: Path) -> None:
     program = optimize(sample.model, sample.args, sample.kwargs, recipe="exact").program
     inputs = program.flatten_inputs((), sample.other_inputs(batch=2, length=11))
     assert_as_good(program, inputs, interpreted(program, inputs, tmp_path))
+
+
+@pytest.mark.parametrize("recipe", ["int4", "int8"])
+def test_packed_weights(recipe: str, tmp_path: Path) -> None:
+    """Quantized models, one of a weight that is [in, out]; the packed parts are what is stored."""
+    for name in ("llama", "gpt2"):
+        sample = zoo.build(name)
+        program = optimize(
+            sample.model,
+            sample.args,
+            sample.kwargs,
+            recipe=recipe,
+            options={"quantize_weights.remainder": "short"},
+        ).program
+        inputs = program.flatten_inputs((), sample.other_inputs(batch=1, length=7))
+        folder = tmp_path / name
+        folder.mkdir()
+        assert_as_good(program, inputs, interpreted(program, inputs, folder))
+        weights = package_runner.read_weights(folder / WEIGHTS, CPU)
+        assert any(weight.endswith(".words") for weight in weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from typing import Any
 
@@ -9,11 +10,15 @@ import build
 import pytest
 import torch
 from planish import backend_weights
+from planish.codegen import lower_gpu
 from planish.codegen.lower_cpu import lower_for_cpu
 from planish.codegen.lower_gpu import lower_for_gpu, on_gpu
 from planish.ir.edit import current_editor
+from planish.ir.errors import MissingExtra
 from planish.ir.program import Program
 from planish.kernels import attention_flex as flex
+from planish.kernels import operator as kernel_operator
+from planish.kernels.attention import SPEC as FLASH
 from planish.kernels.attention_flex import attention_flex
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,6 +26,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import flex_attention as torch_flex
 
 attention = torch.ops.planish.attention.default
+flash = getattr(torch.ops.planish, FLASH.operator.split("::")[1]).default
 
 
 @pytest.fixture(autouse=True)
@@ -144,7 +150,7 @@ def test_it_traces_once_for_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None
             torch.testing.assert_close(graph(*parts), call(*parts))
 
 
-def program(device: str, **form: Any) -> Program:
+def program(device: str, head: int = 8, **form: Any) -> Program:
     """One attention whose values lie on a device."""
 
     def body(q: Any, k: Any, v: Any) -> Any:
@@ -155,8 +161,16 @@ def program(device: str, **form: Any) -> Program:
         made.meta["val"] = value
         return made
 
-    parts = [torch.randn(1, 2, 5, 8) for _ in range(3)]
+    parts = [torch.randn(1, 2, 5, head) for _ in range(3)]
     return build.program(body, dict(zip("qkv", parts, strict=True)), free=False)
+
+
+def without_triton() -> str:
+    raise MissingExtra("GPU kernels need the package triton")
+
+
+def calls(program: Program) -> list[Any]:
+    return [node.target for node in program.graph.nodes if node.op == "call_function"]
 
 
 @pytest.mark.parametrize(
@@ -167,23 +181,43 @@ def program(device: str, **form: Any) -> Program:
         ({}, "it has no window, soft cap or sinks"),
     ],
 )
-def test_the_device_and_the_form_decide(form: dict[str, Any], reason: str | None) -> None:
+def test_without_triton_the_device_and_the_form_decide(
+    form: dict[str, Any], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lower_gpu, "check_triton", without_triton)
     made = program("cuda", **form)
     assert on_gpu(made) and not on_gpu(program("cpu", **form))
     lowered, sentences = lower_for_gpu(made)
-    targets = [node.target for node in lowered.graph.nodes if node.op == "call_function"]
-    assert targets == [attention_flex if reason is None else attention]
-    assert sentences[0].endswith(reason or "runs by FlexAttention")
-    assert attention in [node.target for node in made.graph.nodes], "the program is left alone"
+    assert calls(lowered) == [attention_flex if reason is None else attention]
+    assert "need the package triton" in sentences[0]
+    assert sentences[1].endswith(reason or "runs by FlexAttention")
+    assert attention in calls(made), "the program is left alone"
     lowered, sentences = lower_for_gpu(program("cpu", **form))
-    assert sentences[0].endswith("because it runs on the CPU")
+    assert sentences[-1].endswith("because it runs on the CPU")
+
+
+@pytest.mark.parametrize("form", [{"window": 3}, {"softcap": 3.0}, {}])
+def test_with_triton_our_kernel_runs_attention(form: dict[str, Any]) -> None:
+    lowered, sentences = lower_for_gpu(program("cuda", **form), "sm_90")
+    assert calls(lowered) == [flash, operator.getitem]
+    assert sentences == []
+    assert calls(lower_for_gpu(program("cpu", **form), "sm_90")[0]) == [attention]
+
+
+def test_what_our_kernel_declines_goes_the_other_ways() -> None:
+    lowered, sentences = lower_for_gpu(program("cuda", window=3, head=260), "sm_90")
+    assert calls(lowered) == [attention_flex]
+    assert "260 channels" in sentences[0] and sentences[1].endswith("runs by FlexAttention")
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_the_compiler_backend_lowers_for_its_device(device: str) -> None:
+def test_the_compiler_backend_lowers_for_its_device(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel_operator, "this_arch", lambda: "sm_90")
     module = backend_weights._lower(program(device, window=3))
     targets = [node.target for node in module.graph.nodes if node.op == "call_function"]
-    assert targets == [attention_flex if device == "cuda" else attention]
+    assert targets == ([flash, operator.getitem] if device == "cuda" else [attention])
 
 
 def test_what_is_on_a_gpu_gets_no_cpu_kernel() -> None:
@@ -192,9 +226,13 @@ def test_what_is_on_a_gpu_gets_no_cpu_kernel() -> None:
     assert not sentences
 
 
-def test_a_lowered_graph_runs() -> None:
+@pytest.mark.parametrize("triton", [True, False])
+def test_a_lowered_graph_runs(triton: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, where our kernel's operator is its twin."""
+    if not triton:
+        monkeypatch.setattr(lower_gpu, "check_triton", without_triton)
     made = program("cuda", window=3)
-    lowered, _ = lower_for_gpu(made)
+    lowered, _ = lower_for_gpu(made, "sm_90")
     parts = list(made.examples)
     (got,) = lowered.to_module()(*parts)
     torch.testing.assert_close(got, attention(*parts, scale=0.5, causal=True, window=3))
