@@ -68,7 +68,7 @@ def matmul_launches(
 ) -> tuple[Launch, ...]:
     """problem.rows: codes [M, K] of the weight's dtype; scales: of `scale_arguments`."""
     matrices, fixed = byte_matrices(problem.rows, weight)
-    config = _shorter(config, fixed["ALIGN"])
+    config = shorter(config, fixed["ALIGN"])
     tiled = "GROUP" in config.constants
     return (_tiled if tiled else _split)(problem, matrices, fixed, scales, config)
 
@@ -94,7 +94,7 @@ def byte_matrices(rows: Tensor, weight: Tensor) -> tuple[dict[str, Any], dict[st
     return args, {"ALIGN": align}
 
 
-def _shorter(config: Config, align: int) -> Config:
+def shorter(config: Config, align: int) -> Config:
     """Bytes that are loaded one by one take a register each: a step takes fewer columns then."""
     tile = config.constants
     if align > 1:

@@ -14,12 +14,21 @@ from .rounding import round_half_even, rounded_e4m3, rounded_int8
 
 
 @triton.jit
-def codes_bounds(X, columns, BLOCK: tl.constexpr):
+def codes_load(X, REGULAR, at, columns):
+    """Values in float32; zero outside of the row and, with REGULAR, in columns where it is 0."""
+    inside = at < columns
+    if REGULAR is not None:
+        inside = inside & (tl.load(REGULAR + at, mask=inside, other=0) != 0)
+    return tl.load(X + at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def codes_bounds(X, REGULAR, columns, BLOCK: tl.constexpr):
     """The smallest and the largest value of a row that X points to, and zero."""
     low, high = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for start in range(0, columns, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        x = tl.load(X + at, mask=at < columns, other=0.0).to(tl.float32)
+        x = codes_load(X, REGULAR, at, columns)
         low, high = tl.minimum(low, x), tl.maximum(high, x)
     return tl.min(low, 0), tl.max(high, 0)
 
@@ -38,6 +47,7 @@ def rows_to_codes_kernel(
     CODES,
     SCALE,
     ZERO,
+    REGULAR,
     columns,
     x_stride,
     codes_stride,
@@ -50,7 +60,7 @@ def rows_to_codes_kernel(
     x_from, codes_to = X + row * x_stride, CODES + row * codes_stride
     zero = 0.0
     if DYNAMIC:
-        low, high = codes_bounds(x_from, columns, BLOCK)
+        low, high = codes_bounds(x_from, REGULAR, columns, BLOCK)
         if ZERO is not None:
             zero, step = codes_zero(low, high)
             tl.store(ZERO + row, zero.to(tl.int32))
@@ -63,7 +73,7 @@ def rows_to_codes_kernel(
             zero = tl.load(ZERO).to(tl.float32)
     for start in range(0, columns, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        x = tl.load(x_from + at, mask=at < columns, other=0.0).to(tl.float32)
+        x = codes_load(x_from, REGULAR, at, columns)
         if QUANT == "fp8":
             codes = rounded_e4m3(x, step)
         elif ZERO is not None:
@@ -76,12 +86,18 @@ def rows_to_codes_kernel(
 
 
 def codes_launch(
-    x: Tensor, scale: Tensor | None, zero: Tensor | None, asymmetric: bool, codes: str
+    x: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    asymmetric: bool,
+    codes: str,
+    regular: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Launch]:
     """(codes, scale, zero, launch) for rows x [M, K].
 
     scale, zero: of one element, static; without a scale each row gets its own, and its own zero if
-    asymmetric. The codes' rows start on 16 bytes, whatever K is.
+    asymmetric. regular: uint8 [K], 0 for columns that count as zeros. The codes' rows start on 16
+    bytes, whatever K is.
     """
     rows, columns = x.shape
     padded = torch.empty(
@@ -100,6 +116,7 @@ def codes_launch(
             "CODES": padded,
             "SCALE": made,
             "ZERO": zero,
+            "REGULAR": regular,
             "columns": columns,
             "x_stride": x.stride(0),
             "codes_stride": padded.stride(0),
