@@ -26,6 +26,9 @@ RUNG = 5
 SURVIVORS = 0.2
 """The share of broken copies that may go unnoticed."""
 
+_COMPILED = 8
+"""Cases of which the one with the most kinds of broken copies is taken."""
+
 _PATIENCE = 4
 """A broken copy may execute that many times the instructions of the original."""
 
@@ -66,15 +69,23 @@ def kind_of(copy: Mutant) -> str:
 
 
 def _chosen(spec: TritonSpec, ask: Ask) -> list[Program]:
-    """For each architecture the case whose code can be broken in most ways, then the smallest."""
+    """For each architecture a case whose code can be broken in most ways, then the smallest."""
     cases = [case for case, skipped in cases_for(spec, RUNG, "ptx", ask) if not skipped]
     chosen: list[Program] = []
     for arch in ask.archs:
-        serving = [case for case in cases if arch in case.archs]
+        serving = _some(spec, [case for case in cases if arch in case.archs])
         programs = [found for case in serving if (found := _program(spec, case, arch))]
         if programs:
             chosen.append(max(programs, key=lambda one: (len(one.kinds), -one.size)))
     return chosen
+
+
+def _some(spec: TritonSpec, cases: list[Case]) -> list[Case]:
+    """A few of the cases, from the cheapest to the dearest: compiling them all takes too long."""
+    by_cost = sorted(cases, key=lambda case: spec.cost(**arguments_of(case)).flops)
+    step = (len(by_cost) - 1) / (_COMPILED - 1)
+    places = range(len(by_cost)) if step <= 1 else (round(n * step) for n in range(_COMPILED))
+    return [by_cost[place] for place in places]
 
 
 def _program(spec: TritonSpec, case: Case, arch: str) -> Program | None:
