@@ -62,9 +62,9 @@ def linear_field_kernel(
     """X [M, K], WORDS [blocks, planes, N, RUN] to OUT [M, N]; see `linear_field_sums`."""
     row, column = linear_tile(tl.program_id(0), tl.cdiv(height, BM), tl.cdiv(width, BN), TILES)
     sums = linear_field_sums(
-        X, WORDS, SCALE, ZERO, BOOK, SCALE_BOOK, SECOND, OFFSET, row * BM, column * BN, height, width,
-        length, x_stride, groups, 0, blocks, BITS, RUN, FIELDS, TOGETHER, GROUP, CENTRE, BOOKS, EVERY, PRECISION, ALIGN,
-        BM, BN,
+        X, WORDS, SCALE, ZERO, BOOK, SCALE_BOOK, SECOND, OFFSET, row * BM, column * BN, height,
+        width, length, x_stride, groups, 0, blocks, BITS, RUN, FIELDS, TOGETHER, GROUP, CENTRE,
+        BOOKS, EVERY, PRECISION, ALIGN, BM, BN,
     )  # fmt: skip
     linear_store_tile(
         OUT, sums.T, row * BM, column * BN, height, width, E0, E0_row, E0_col, E1, E1_row, E1_col,
@@ -107,8 +107,8 @@ def linear_field_split_kernel(
     column, split = tl.program_id(0) * BN, tl.program_id(1)
     sums = linear_field_sums(
         X, WORDS, SCALE, ZERO, BOOK, SCALE_BOOK, SECOND, OFFSET, split * 0, column, height, width,
-        length, x_stride, groups, split * run, tl.minimum(split * run + run, blocks), BITS, RUN, FIELDS, TOGETHER,
-        GROUP, CENTRE, BOOKS, EVERY, PRECISION, ALIGN, BM, BN,
+        length, x_stride, groups, split * run, tl.minimum(split * run + run, blocks), BITS, RUN,
+        FIELDS, TOGETHER, GROUP, CENTRE, BOOKS, EVERY, PRECISION, ALIGN, BM, BN,
     )  # fmt: skip
     rows, columns = tl.arange(0, BM), column + tl.arange(0, BN)
     at = (split * height + rows).to(tl.int64)[None, :] * width + columns[:, None]

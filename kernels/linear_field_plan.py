@@ -82,7 +82,7 @@ def field_plan(
     align = _aligned(problem.rows)
     together = math.gcd(runs, fields)
     chosen = config or choose(problem.height, problem.width, arch)
-    chosen = _smaller(chosen, problem.rows.dtype, fields, together)
+    chosen = _smaller(chosen, problem.rows.dtype, fields, together, weight.book is not None)
     args = {
         "X": problem.rows,
         "WORDS": weight.words,
@@ -143,8 +143,10 @@ def _split(
     return Plan((problem.out,), (launch.with_config(config), reduce_launch(problem, parts)))
 
 
-def _smaller(config: Config, dtype: torch.dtype, fields: int, together: int) -> Config:
-    """Fewer rows where a step holds more at once: fields of x, float32, or unscaled sums."""
+def _smaller(
+    config: Config, dtype: torch.dtype, fields: int, together: int, gathers: bool
+) -> Config:
+    """Fewer rows where a step holds more at once: fields of x, float32, unscaled sums, entries."""
     tile, stages = dict(config.constants), config.num_stages
     if dtype == torch.float32 or fields > 4 or together < fields:
         tile["BM"] = min(tile["BM"], 64)
@@ -152,6 +154,8 @@ def _smaller(config: Config, dtype: torch.dtype, fields: int, together: int) -> 
         stages = 2
     if dtype == torch.float32 or fields > 8:
         tile["BM"] = min(tile["BM"], 32)
+    if gathers:
+        tile["BM"] = min(tile["BM"], 8 * config.num_warps)
     return replace(config, constants=tile, num_stages=stages)
 
 
