@@ -19,6 +19,7 @@ from .ptx_move import MOVE
 from .ptx_parse import Instruction
 from .ptx_state import Builder, Handler, State
 from .ptx_tensor_core import TENSOR_CORE
+from .ptx_tensor_memory import TENSOR_MEMORY
 from .ptx_tensormap import TENSORMAP, acquire
 from .ptx_warp import WARP
 from .ptx_warpgroup import WARPGROUP, accumulators, guarded, register_operands
@@ -34,6 +35,7 @@ _TABLES: tuple[Mapping[str, Builder], ...] = (
     ATOMICS,
     MBARRIER,
     TENSORMAP,
+    TENSOR_MEMORY,
 )
 _FLOW = ("bra", "ret", "exit", "bar", "barrier")
 _ORDER = ("membar", "fence", "griddepcontrol", "nanosleep", "prefetch", "prefetchu", "setmaxnreg")

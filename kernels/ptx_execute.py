@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 _SITES = 8
-_MATRIX = ("mma", "wgmma", "tcgen05")
+_MATRIX = ("mma.", "wgmma.mma", "tcgen05.mma")
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,8 @@ class Execution:
 
     @property
     def matrix_instructions(self) -> int:
-        """Matrix multiplications executed, by warps (mma) and warp groups (wgmma)."""
-        return sum(
-            count
-            for opcode, count in self.opcodes.items()
-            if (opcode.split(".")[0] in _MATRIX and "mma" in opcode.replace("wgmma.", ""))
-            or opcode.startswith("mma.")
-        )
+        """Matrix multiplications executed: by warps, warp groups (wgmma), blocks (tcgen05)."""
+        return sum(count for opcode, count in self.opcodes.items() if opcode.startswith(_MATRIX))
 
 
 def execute(

@@ -6,7 +6,7 @@ brought count as there once a thread has waited for the phase in which they came
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,8 @@ _SCOPES = {"shared", "shared::cta", "b64", "release", "cta", "relaxed", "acquire
 
 Place = tuple[int, Array]
 """(bytes of a word, indices of words)."""
+Landing = Callable[[], None]
+"""What becomes true for a thread that has waited."""
 
 
 @dataclass(slots=True)
@@ -37,8 +39,8 @@ class Barrier:
     arrived: int = 0
     bytes: int = 0
     phase: int = 0
-    copies: list[Place] = field(default_factory=list[Place])
-    landed: list[Place] = field(default_factory=list[Place])
+    copies: list[Landing] = field(default_factory=list[Landing])
+    landed: list[Landing] = field(default_factory=list[Landing])
     warps: set[int] = field(default_factory=set[int])
     passed: set[int] = field(default_factory=set[int])
 
@@ -108,8 +110,15 @@ class Barriers:
             )
         shared.pending[place[0]][place[1]] = 1
         shared.any_pending = True
-        barrier.copies.append(place)
+        barrier.copies.append(lambda: shared.pending[place[0]].__setitem__(place[1], 0))
         barrier.bytes -= nbytes
+        barrier.turn()
+
+    def completed(self, address: int, landing: Landing) -> None:
+        """Matrix instructions arrive: what they did can be seen once it was waited for."""
+        barrier = self.barrier(address)
+        barrier.copies.append(landing)
+        barrier.arrived += 1
         barrier.turn()
 
     def wait(self, address: int, parity: int) -> bool:
@@ -118,8 +127,8 @@ class Barriers:
         if barrier.phase & 1 == parity & 1:
             return False
         shared = self.state.shared
-        for unit, index in barrier.landed:
-            shared.pending[unit][index] = 0
+        for landing in barrier.landed:
+            landing()
         barrier.landed = []
         if barrier.passed and shared.check:
             shared.barrier(np.array(sorted(barrier.passed)))

@@ -120,7 +120,8 @@ def guarded(state: State, instruction: Instruction, action: Handler, owned: set[
                     f"a matrix instruction under way still owns {', '.join(sorted(busy))}",
                     expected="wgmma.wait_group before the register is used",
                 )
-        air.unfenced |= writes
+        if not copy:  # LLVM moves copies past the fence, and ptxas orders them
+            air.unfenced |= writes
         action(mask)
 
     return run
@@ -245,7 +246,8 @@ class _Tiles:
         return numbers(shared.data[self.width][index], self.kind)
 
     def _index(self, descriptor: int) -> Array:
-        index = descriptor_index(descriptor, self.shape, self.width, self.turned)
+        layout = _SWIZZLE[descriptor >> 62 & 3]
+        index = descriptor_index(descriptor, self.shape, self.width, self.turned, layout)
         if int(index.max() + 1) * self.width > self.state.shared.size:
             raise Fault(
                 OutOfBounds,
@@ -256,14 +258,17 @@ class _Tiles:
         return index
 
 
-def descriptor_index(descriptor: int, shape: tuple[int, int], width: int, turned: bool) -> Array:
+def descriptor_index(
+    descriptor: int, shape: tuple[int, int], width: int, turned: bool, layout: tuple[int, int]
+) -> Array:
     """Where the elements [rows, depth] of a tile lie, in elements of `width` bytes.
 
-    Fields in units of 16 bytes: start (bits 0-13), leading and stride offset (16-29, 32-45);
-    layout (62-63). Rows of 8 form a core; a swizzled layout exchanges 16-byte pieces by address.
+    Fields in units of 16 bytes: start (bits 0-13), leading and stride offset (16-29, 32-45). Rows
+    of 8 form a core. layout: bytes of a row, and the address bits mixed into its 16-byte pieces.
+    turned: the depth is outermost.
     """
     start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
-    span, bits = _SWIZZLE[descriptor >> 62 & 3]
+    span, bits = layout
     row, column = np.arange(shape[0])[:, None], np.arange(shape[1])[None]
     if turned:
         chunk = span // width

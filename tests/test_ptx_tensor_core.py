@@ -179,7 +179,7 @@ def test_descriptors_of_swizzled_tiles_address_every_element_once() -> None:
         depth = 32 // 2
         start, stride = 1024, 8 * span
         word = (start >> 4) | (1 << 16) | (stride >> 4 << 32) | layout << 62
-        index = descriptor_index(word, (64, depth), 2, False)
+        index = descriptor_index(word, (64, depth), 2, False, (span, {128: 7, 64: 3, 32: 1}[span]))
         assert len(set(index.reshape(-1).tolist())) == 64 * depth
         # row r, 16-byte piece c of it: the piece's number is mixed with the row within the core
         for row, column in ((0, 0), (1, 0), (3, 8), (9, 9), (63, 15)):
