@@ -53,7 +53,7 @@ def linear_outlier_sums(
     wide_stride,
 ):
     """sums + X[:, COLUMNS] @ WIDE.T, as many columns at a time as a matrix instruction takes."""
-    STEP: tl.constexpr = 16
+    STEP: tl.constexpr = tl.constexpr(16)
     for start in range(0, outliers, STEP):
         at = start + tl.arange(0, STEP)
         here = (at < outliers)[None, :]
