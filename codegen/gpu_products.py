@@ -72,6 +72,30 @@ def _lower(calls: Calls, node: Node, dense: bool) -> str | None:
     return None
 
 
+def lower_tables(calls: Calls) -> list[str]:
+    """Look-ups in encoded tables, which share their packed parts with the products tied to them."""
+    sentences: list[str] = []
+    editor = calls.editor
+    for node in editor.graph.find_nodes(op="call_function", target=_ATEN.embedding.default):
+        given = bound_arguments(node)
+        table: Node = given["weight"]
+        if table.op != "get_attr":
+            continue
+        entry = editor.program.weights.entry(str(table.target))
+        if not isinstance(entry, Encoded):
+            continue
+        packed = packed_arguments(editor, table, entry, -1)
+        if not isinstance(packed, str):
+            call = {"ids": given["indices"], **packed[1]}
+            call |= {"length": table.meta["val"].shape[1], "dtype": entry.dtype}
+            packed = calls.declined(triton_kernels()["rows_int"], call)
+            if packed is None:
+                calls.replace(node, triton_kernels()["rows_int"], call)
+                continue
+        sentences.append(f"%{node.name} looks up a dense table because {packed}")
+    return sentences
+
+
 def _odd_sum(given: Mapping[str, Any], node: Node) -> str | None:
     if node.target is not _ATEN.addmm.default:
         return None

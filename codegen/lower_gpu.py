@@ -42,11 +42,12 @@ def _use_kernels(editor: Editor, arch: str | None) -> list[str]:
     from ..kernels.operator import this_arch
     from .gpu_attention import lower_attentions
     from .gpu_calls import Calls
-    from .gpu_products import lower_products
+    from .gpu_products import lower_products, lower_tables
 
     if not on_gpu(editor.program):
         return []
     calls = Calls(editor, (arch or this_arch(),), operators=True)
+    lower_tables(calls)
     return [*lower_attentions(calls), *lower_products(calls, dense=False)]
 
 

@@ -13,7 +13,7 @@ from ..ir.text import value_names
 from .find_regions import find_regions, saved_bytes
 from .gpu_attention import lower_attentions, lower_rotaries
 from .gpu_calls import Calls
-from .gpu_products import fuse_epilogues, lower_products
+from .gpu_products import fuse_epilogues, lower_products, lower_tables
 from .kernel_call import KernelCall
 from .region import Region, cut_region, put_region
 
@@ -45,7 +45,8 @@ def lower_for_triton(program: Program, archs: Sequence[str] = ("sm_80",)) -> Tri
         node.meta["named"] = name  # for whoever reads what a kernel was made of
     editor = Editor(lowered)
     calls = Calls(editor, archs)
-    sentences = [*lower_products(calls), *lower_rotaries(calls), *lower_attentions(calls)]
+    sentences = [*lower_products(calls), *lower_tables(calls)]
+    sentences += [*lower_rotaries(calls), *lower_attentions(calls)]
     editor.sweep()
     fuse_epilogues(calls)
     result = TritonLowering(lowered, sentences)

@@ -27,15 +27,25 @@ CONFIGS = (Config({"TILE": 512}, num_warps=2), Config({"TILE": 2048}, num_warps=
 def rotary_twin(
     q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, interleaved: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """planish::rotary of q and of k (an empty k where there is none), in their dtype.
+    """planish::rotary of q and k (an empty k where there is none), in their dtype, `laid_out`.
 
     q: [..., length, channels], k with other heads; cos, sin: [..., length, rotary / 2], broadcast
     over the heads of both. cos and sin may be float32 beside narrower q: the result is q's dtype.
     """
-    turned = _rotary(q, cos, sin, interleaved).to(q.dtype)
+    turned = laid_out(q).copy_(_rotary(q, cos, sin, interleaved))
     if k is None:
         return turned, q.new_empty(0)
-    return turned, _rotary(k, cos, sin, interleaved).to(k.dtype)
+    return turned, laid_out(k).copy_(_rotary(k, cos, sin, interleaved))
+
+
+def laid_out(x: Tensor) -> Tensor:
+    """An empty [..., heads, length, channels] like x, the heads of a token side by side.
+
+    Attention keeps this order, so that its result is [batch, length, heads * channels] by a view.
+    """
+    batch, heads, length, channels = _four(x).shape
+    made = x.new_empty(batch, length, heads, channels).transpose(1, 2)
+    return made[(0,) * (4 - x.dim())]
 
 
 def plan(
@@ -49,8 +59,7 @@ def plan(
     arch: str = "sm_80",
 ) -> Plan:
     """q, k [..., length, channels] of at most four axes, any strides but 1 between channels."""
-    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    k_out = torch.empty((0,) if k is None else k.shape, dtype=q.dtype, device=q.device)
+    q_out, k_out = laid_out(q), q.new_empty(0) if k is None else laid_out(k)
     batch, heads, length, channels = _four(q).shape
     k_heads = 0 if k is None else _four(k).shape[1]
     half = cos.shape[-1]

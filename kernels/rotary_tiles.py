@@ -58,7 +58,7 @@ def rotary_tile(
     BLOCK: tl.constexpr,
     PASSED: tl.constexpr,
 ):
-    """Some (token, head) rows of one batch; heads of one token lie next to each other."""
+    """Some (token, head) rows of one batch, written with the heads of a token side by side."""
     row = block * ROWS + tl.arange(0, ROWS)[:, None]
     inside = row < heads * length
     batch = tl.program_id(1).to(tl.int64)
@@ -66,7 +66,7 @@ def rotary_tile(
     x_at = batch * x_batch + head * x_head + token * x_token
     cos_at = batch * cos_batch + head * cos_head + token * cos_token
     sin_at = batch * sin_batch + head * sin_head + token * sin_token
-    out = OUT + ((batch * heads + head) * length + token) * channels
+    out = OUT + ((batch * length + token) * heads + head) * channels
     if INTERLEAVED:
         channel = tl.arange(0, 2 * BLOCK)[None, :]
         turned = rotary_neighbours(X, COS, SIN, x_at, cos_at, sin_at, inside, half, ROWS, BLOCK)

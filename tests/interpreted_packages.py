@@ -86,3 +86,5 @@ def test_packed_weights(recipe: str, tmp_path: Path) -> None:
         assert_as_good(program, inputs, interpreted(program, inputs, folder))
         weights = package_runner.read_weights(folder / WEIGHTS, CPU)
         assert any(weight.endswith(".words") for weight in weights)
+        tables = {str(node.target) for node in program.weight_nodes()} & weights.keys()
+        assert all(weights[table].dim() == 1 or "wpe" in table for table in tables)
