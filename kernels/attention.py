@@ -58,7 +58,7 @@ def plan(
     sequences = batch if query_starts is None else query_starts.shape[0] - 1
     chosen = config or shipped(longest * pack, heads // pack * sequences, q.shape[-1], arch)
     limit = (block_queries, block_keys) if blocks is not None else None
-    chosen = fitted(chosen, q, k, v, tf32, arch, limit)
+    chosen = fitted(chosen, q, k, v, tf32, arch, limit, slopes is not None)
     tiles = triton.cdiv(longest * pack, chosen.constants["BM"])
     out, lse = result_like(q, v), q.new_empty(batch, heads, queries, dtype=torch.float32)
     # A query that sees its own key is not blind, so that most calls need no exception.

@@ -113,6 +113,8 @@ def attention_kernel(
         V_SCALE += q_at * v_scale_batch + kv_head * v_scale_head + k_start * v_scale_row
     if SLOPES is not None:
         slopes = tl.load(SLOPES + heads).to(tl.float32)
+        places_number = places.to(tl.float32)
+        columns_number = columns.to(tl.float32)
     if MASK is not None:
         MASK += batch * mask_batch + head.to(tl.int64) * mask_head + first.to(tl.int64) * mask_row
         mask_rows = (query - first) * mask_row + (heads - head) * mask_head
@@ -149,8 +151,8 @@ def attention_kernel(
             if CAPPED:
                 scores = attention_capped(scores, cap)
             if SLOPES is not None:
-                distance = tl.abs(places[:, None] - here[None, :]).to(tl.float32)
-                scores -= distance * slopes[:, None]
+                ahead = places_number - start.to(tl.float32)
+                scores -= tl.abs(ahead[:, None] - columns_number[None, :]) * slopes[:, None]
             if MASK is not None:
                 mask_base = MASK + start.to(tl.int64) * mask_col
                 if MASK_ROWS:

@@ -15,11 +15,14 @@ from .occupancy import shared_limit
 CONFIGS = (
     Config({"BM": 128, "BN": 32}, num_warps=4, num_stages=3, archs=("sm_8", "sm_12")),
     Config({"BM": 128, "BN": 128}, num_warps=8, num_stages=2, archs=("sm_8", "sm_12")),
-    Config({"BM": 64, "BN": 128}, num_warps=4, num_stages=3, archs=("sm_9", "sm_10")),
+    Config({"BM": 64, "BN": 64}, num_warps=4, num_stages=3, archs=("sm_9", "sm_10")),
     Config({"BM": 128, "BN": 128}, num_warps=8, num_stages=2, archs=("sm_9", "sm_10")),
     Config({"BM": 128, "BN": 64}, num_warps=4, num_stages=2, archs=("gfx9",)),
     Config({"BM": 64, "BN": 32}, num_warps=4, num_stages=1, archs=("gfx11",)),
 )
+
+_ALONE = ("sm_8", "sm_12")
+"""Where every warp multiplies for itself, with its operands in registers."""
 
 _FULL = 132
 """Programs below which a grid of the larger tiles leaves multiprocessors idle."""
@@ -39,7 +42,7 @@ def pieces(q: Tensor, v: Tensor, tile: int, arch: str) -> dict[str, int]:
     than high; else it splits the keys among them, which costs a reduction through shared memory.
     """
     (d1, d2), (v1, v2) = piece(q.shape[-1]), piece(v.shape[-1])
-    if arch.startswith(("sm_8", "sm_12")) and v2 == 0 and 64 <= tile < v1 <= 2 * tile:
+    if arch.startswith(_ALONE) and v2 == 0 and 64 <= tile < v1 <= 2 * tile:
         v1 = v2 = v1 // 2
     return {"HEAD": q.shape[-1], "D1": d1, "D2": d2, "VALUE": v.shape[-1], "V1": v1, "V2": v2}
 
@@ -59,32 +62,37 @@ def shipped(rows: int, programs: int, head: int, arch: str) -> Config:
         tile = max(16, triton.next_power_of_2(rows))
         return Config({"BM": tile, "BN": 64}, num_warps=4, num_stages=3)
     few = triton.cdiv(rows, 128) * programs < _FULL
-    narrow = arch.startswith(("sm_8", "sm_12")) and head <= 64
+    narrow = arch.startswith(_ALONE) and head <= 64
     return fit[0] if few or narrow else fit[-1]
 
 
 def fitted(
     config: Config, q: Tensor, k: Tensor, v: Tensor, tf32: bool, arch: str,
     limit: tuple[int, int] | None,
+    sloped: bool,
 ) -> Config:  # fmt: skip
     """A configuration cut down to the head size, the element type and the blocks of a map."""
     tile, width = config.constants["BM"], config.constants["BN"]
     warps, stages = config.num_warps, config.num_stages
     channels = (sum(piece(q.shape[-1])) + sum(piece(v.shape[-1]))) * q.element_size() // 2
     cuts = sum(channels > most for most in _cuts(arch))
+    cuts += sloped and cuts > 0 and warps > 4 and arch.startswith(_ALONE)
+    gfx11 = arch.startswith("gfx11")
     if q.dtype == torch.float32 and not (tf32 and arch.startswith("sm_")):
         # No tensor core: every thread holds a square of scores.
-        tile, width, warps, cuts = min(tile, 64), 32, 8, 0
-    elif arch.startswith("gfx11") and cuts:
+        tile, width, warps, cuts = min(tile, 16 if gfx11 else 64), 16 if gfx11 else 32, 8, 0
+    elif gfx11 and cuts:
         tile, width, warps, cuts = min(tile, 32), 16, 8, 0
-    elif cuts and warps <= 4 and tile > 64:
+    elif cuts and warps <= 4 and tile > 64 and arch.startswith("sm_"):
         tile, cuts = tile // 2, cuts - 1
-    width = max(16, width >> cuts)
+    # A warpgroup's products are cheapest at 64 keys and more, so that those are cut last.
+    least = 64 >> max(0, cuts - 1) if arch.startswith(("sm_9", "sm_10")) else 16
+    width = max(min(width, least), width >> cuts)
     if limit is not None:
         tile, width = min(tile, limit[0]), min(width, limit[1])
-    while stages > 1 and _shared(tile, width, stages, q, v) > shared_limit(arch):
+    while stages > 1 and _shared(tile, width, stages, q, v, arch) > shared_limit(arch):
         stages -= 1
-    while tile > 16 and _shared(tile, width, stages, q, v) > shared_limit(arch):
+    while tile > 16 and _shared(tile, width, stages, q, v, arch) > shared_limit(arch):
         tile //= 2
     return replace(config, constants={"BM": tile, "BN": width}, num_warps=warps, num_stages=stages)
 
@@ -94,10 +102,12 @@ def _cuts(arch: str) -> tuple[int, ...]:
 
     Where warps multiply for themselves they hold the sums and a copy of the queries.
     """
-    return (128, 319, 511) if arch.startswith(("sm_8", "sm_12")) else (128, 320, 640)
+    return (128, 319, 511) if arch.startswith(_ALONE) else (128, 320, 640)
 
 
-def _shared(tile: int, width: int, stages: int, q: Tensor, v: Tensor) -> int:
+def _shared(tile: int, width: int, stages: int, q: Tensor, v: Tensor, arch: str) -> int:
     """Bytes of a tile of queries and of the key and value tiles in flight, at most."""
     head, value = sum(piece(q.shape[-1])), sum(piece(v.shape[-1]))
+    if arch.startswith("gfx"):  # one stage of them is in registers, and so are the queries
+        tile, stages = 0, max(1, stages - 1)
     return (tile * head + stages * width * (head + value)) * q.element_size()
