@@ -8,6 +8,7 @@ splits follows from shapes. Sources: Dao et al. 2023, "Flash-Decoding"; Kwon et 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,6 +52,9 @@ def plan(
     v_zero: Tensor | None = None,
     sinks: Tensor | None = None,
     slopes: Tensor | None = None,
+    tail_k: Tensor | None = None,
+    tail_v: Tensor | None = None,
+    coded: Tensor | None = None,
     *,
     scale: float,
     window: int = 0,
@@ -66,26 +70,25 @@ def plan(
     kv_heads, value_head = k.shape[1], width(v, v_bits)
     group = heads // kv_heads
     rows = min(MOST_ROWS, max(16, triton.next_power_of_2(group * queries)))
-    blocks = triton.cdiv(group * queries, rows)
+    blocks = kv_heads * triton.cdiv(group * queries, rows)
     chosen = config or default_config(head, value_head, element(q, k, v), arch)
-    tiles = triton.cdiv(visible_tokens(k, table, queries, window, first), chosen.constants["BN"])
-    splits = split_count(batch * kv_heads * blocks, tiles, arch)
+    old = Part(k, v, table, k_scale, k_zero, v_scale, v_zero, k_bits, v_bits)
+    sides = [old] if tail_k is None or tail_v is None else [old, Part(tail_k, tail_v)]
+    splits: list[int] = []
+    for side in sides:
+        most = visible_tokens(side.k, side.table, queries, window, first)
+        tiles = triton.cdiv(most, chosen.constants["BN"])
+        splits.append(split_count(batch * blocks, tiles, arch))
     out = torch.empty((batch, heads, queries, value_head), dtype=q.dtype, device=q.device)
     lse = part = None
-    if splits > 1:
-        shape = (batch, heads, queries, splits)
+    if sum(splits) > 1:
+        shape = (batch, heads, queries, sum(splits))
         lse = torch.empty(shape, dtype=torch.float32, device=q.device)
         part = torch.empty((*shape, value_head), dtype=torch.float32, device=q.device)
     args: dict[str, Any] = {
         "Q": q,
-        "K": k,
-        "V": v,
         "LENGTHS": lengths,
-        "TABLE": table,
-        "K_SCALE": k_scale,
-        "K_ZERO": k_zero,
-        "V_SCALE": v_scale,
-        "V_ZERO": v_zero,
+        "CODED": coded,
         "SINKS": sinks,
         "SLOPES": slopes,
         "OUT": out if part is None else part,
@@ -97,33 +100,69 @@ def plan(
         "queries": queries,
         "group": group,
         "kv_heads": kv_heads,
-        "splits": splits,
-        "table_row": 0 if table is None else table.stride(0),
+        "parts": sum(splits),
         **_strides("q", q, ("batch", "head", "query")),
-        **_strides("k", k, ("block", "head", "token")),
-        **_strides("v", v, ("block", "head", "token")),
-        **_strides("ks", k_scale, ("block", "head", "token", "channel")),
-        **_strides("vs", v_scale, ("block", "head", "token", "channel")),
     }
     constants = {
-        **_side("K", k, k_scale, k_bits, head, table is not None),
-        **_side("V", v, v_scale, v_bits, value_head, table is not None),
         "HEAD": head,
         "VALUE_HEAD": value_head,
         "Q_ALIGN": alignment(q),
         "O_ALIGN": alignment(out if part is None else part),
-        "PAGE": 0 if table is None else k.shape[2],
         "WINDOWED": window > 0,
         "CAPPED": softcap > 0,
         "BM": rows,
         "BD": triton.next_power_of_2(max(head, 16)),
         "BDV": triton.next_power_of_2(max(value_head, 16)),
     }
-    grid = (splits, kv_heads * blocks, batch)
-    launches = [Launch(decode_partial_kernel, grid, args, constants).with_config(chosen)]
+    launches: list[Launch] = []
+    for place, side in enumerate(sides):
+        own = side.args() | {"splits": splits[place], "before": sum(splits[:place])}
+        own_constants = side.constants(head, value_head) | {"TAIL": place == 1}
+        grid = (splits[place], blocks, batch)
+        launch = Launch(decode_partial_kernel, grid, args | own, constants | own_constants)
+        launches.append(launch.with_config(chosen))
     if part is not None and lse is not None:
         launches.append(_combine(part, lse, sinks, out, queries))
     return Plan((out,), tuple(launches))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Keys and values that lie together: a whole cache, its codes, or the tokens after them."""
+
+    k: Tensor
+    v: Tensor
+    table: Tensor | None = None
+    k_scale: Tensor | None = None
+    k_zero: Tensor | None = None
+    v_scale: Tensor | None = None
+    v_zero: Tensor | None = None
+    k_bits: int = 8
+    v_bits: int = 8
+
+    def args(self) -> dict[str, Any]:
+        return {
+            "K": self.k,
+            "V": self.v,
+            "TABLE": self.table,
+            "K_SCALE": self.k_scale,
+            "K_ZERO": self.k_zero,
+            "V_SCALE": self.v_scale,
+            "V_ZERO": self.v_zero,
+            "table_row": 0 if self.table is None else self.table.stride(0),
+            **_strides("k", self.k, ("block", "head", "token")),
+            **_strides("v", self.v, ("block", "head", "token")),
+            **_strides("ks", self.k_scale, ("block", "head", "token", "channel")),
+            **_strides("vs", self.v_scale, ("block", "head", "token", "channel")),
+        }
+
+    def constants(self, head: int, value_head: int) -> dict[str, int]:
+        paged = self.table is not None
+        return {
+            **_side("K", self.k, self.k_scale, self.k_bits, head, paged),
+            **_side("V", self.v, self.v_scale, self.v_bits, value_head, paged),
+            "PAGE": self.k.shape[2] if paged else 0,
+        }
 
 
 def _side(
@@ -176,6 +215,9 @@ def why_not(
     v_zero: Tensor | None = None,
     sinks: Tensor | None = None,
     slopes: Tensor | None = None,
+    tail_k: Tensor | None = None,
+    tail_v: Tensor | None = None,
+    coded: Tensor | None = None,
     *,
     scale: float,
     window: int = 0,
@@ -192,7 +234,15 @@ def why_not(
         return f"it has {q.shape[2]} new tokens, and a prompt has a kernel of its own"
     if lengths.dtype != torch.int32 or (table is not None and table.dtype != torch.int32):
         return "its lengths and page table are not int32"
-    if not side_by_side(q, k, v, lengths, table, sinks, slopes):
+    tail = (tail_k, tail_v, coded)
+    if any(t is None for t in tail) != all(t is None for t in tail):
+        return "of its tail and of where that begins not all are given"
+    if tail_k is not None and tail_v is not None and coded is not None:
+        if {tail_k.dtype, tail_v.dtype} - set(FLOATS) or coded.dtype != torch.int32:
+            return f"its tail is {tail_k.dtype}, {tail_v.dtype}, {coded.dtype}"
+        if tail_k.shape[3] != q.shape[3] or tail_v.shape[3] != width(v, v_bits):
+            return "its tail has other channels"
+    if not side_by_side(q, k, v, lengths, table, sinks, slopes, *tail):
         return "its channels do not lie side by side"
     sides = (
         ("keys", k, k_scale, k_zero, k_bits, q.shape[3]),
@@ -215,6 +265,9 @@ def cost(
     v_zero: Tensor | None = None,
     sinks: Tensor | None = None,
     slopes: Tensor | None = None,
+    tail_k: Tensor | None = None,
+    tail_v: Tensor | None = None,
+    coded: Tensor | None = None,
     *,
     scale: float,
     window: int = 0,
@@ -234,6 +287,9 @@ def cost(
             if each is not None:
                 row += each.shape[3] * each.element_size() * each.shape[2] / cache.shape[2]
         nbytes += int(batch * cache.shape[1] * tokens * row)
+    for each in (tail_k, tail_v):
+        nbytes += 0 if each is None else each.numel() * each.element_size()
+    tokens += 0 if tail_k is None else tail_k.shape[2]
     return Cost(nbytes, 2 * batch * heads * queries * tokens * (head + value_head))
 
 
@@ -241,7 +297,8 @@ SPEC = TritonSpec(
     name="decode_attention",
     schema="planish::decode_attention(Tensor q, Tensor k, Tensor v, Tensor lengths, "
     "Tensor? table=None, Tensor? k_scale=None, Tensor? k_zero=None, Tensor? v_scale=None, "
-    "Tensor? v_zero=None, Tensor? sinks=None, Tensor? slopes=None, *, float scale, int window=0, "
+    "Tensor? v_zero=None, Tensor? sinks=None, Tensor? slopes=None, Tensor? tail_k=None, "
+    "Tensor? tail_v=None, Tensor? coded=None, *, float scale, int window=0, "
     "int first=0, float softcap=0.0, int k_bits=8, int v_bits=8) -> Tensor",
     serves="attention of new tokens over a cache",
     twin=decode_attention,

@@ -56,6 +56,7 @@ def _problem(
     kind: str = "",
     groups: tuple[int, int] = (16, 8),
     big: float = 1.0,
+    tail: int = 0,
     extra: Sequence[str] = (),
     **options: Any,
 ):
@@ -82,6 +83,13 @@ def _problem(
         name = kind or {torch.float16: "f16", torch.bfloat16: "bf16"}.get(dtype, "f32")
         args |= _cache(k, name, groups[0], 1, "k")
         args |= _cache(v, name, 1, groups[1], "v")
+        if tail:
+            # Of the tokens so far, the last ones are in the tail; a short sequence is all tail.
+            coded = (args["lengths"] - tail).clamp_min(0)
+            args["coded"] = coded // groups[0] * groups[0]
+            for side, size in (("tail_k", head), ("tail_v", value_head or head)):
+                more = normal(len(lengths), tail + groups[0], heads[1], size).transpose(1, 2)
+                args[side] = more.to(dtype)
         q = normal(len(lengths), queries, heads[0], head).transpose(1, 2) * big
         args |= {"q": q.to(dtype), "scale": head**-0.5}
         if "sinks" in extra:
@@ -148,6 +156,26 @@ CASES = (
     ),
     Case("2 bits in groups", _problem((41, 12), kind="u2", head=48, dtype=_F32), _SMALL),
     Case("8 bits with zeros", _problem((41, 12), kind="u8"), _SMALL),
+    Case(
+        "4 bits and a tail",
+        _problem((61, 3, 40), kind="u4", queries=2, groups=(8, 24), tail=13, capacity=64),
+        _SMALL,
+    ),
+    Case(
+        "tail, window, first tokens, slopes",
+        _problem(
+            (90, 21),
+            dtype=_BF,
+            queries=3,
+            groups=(8, 24),
+            tail=20,
+            capacity=96,
+            window=17,
+            first=3,
+            extra=("slopes", "sinks"),
+        ),
+        _SMALL,
+    ),
     Case("e5m2", _problem((41, 12), kind="e5m2"), _SMALL),
     Case(
         "e4m3", _problem((41, 12), kind="e4m3", dtype=_BF), _SMALL, archs=_HOPPER, reason=_NO_E4M3
@@ -165,6 +193,7 @@ def _form(
     cache: torch.dtype | None = None,
     page: int = 0,
     tokens: int = 8192,
+    tail: int = 0,
     k_scale: tuple[int, int] | None = None,
     v_scale: tuple[int, int] | None = None,
     **options: Any,
@@ -181,6 +210,9 @@ def _form(
         args["lengths"] = meta(batch, of=torch.int32)
         if page:
             args["table"] = meta(batch, tokens // page, of=torch.int32)
+        if tail:
+            args["coded"] = args["lengths"]
+            args["tail_k"] = args["tail_v"] = meta(batch, heads[1], tail, head)
         for name, shared in (("k", k_scale), ("v", v_scale)):
             args[name] = meta(blocks, heads[1], length, width, of=cache or dtype)
             if shared:
@@ -214,6 +246,11 @@ FORMS = (
         _form(8, (32, 8), cache=torch.uint8, k_scale=(64, 1), v_scale=(1, 64), k_bits=4, v_bits=4),
         "mma",
         ("sm_", "gfx9"),
+    ),
+    Form(
+        "int8 and a tail",
+        _form(8, (32, 8), cache=torch.int8, k_scale=(1, 128), v_scale=(1, 128), tail=256),
+        "mma",
     ),
     Form("e4m3", _form(8, (32, 8), cache=torch.float8_e4m3fn), "mma", _E4M3),
 )

@@ -28,7 +28,7 @@ _WIDE = ("sm_", "gfx9")
 CONFIGS = (
     Config({"BN": 64}, num_warps=4, num_stages=2, archs=_WIDE),
     Config({"BN": 32}, num_warps=4, num_stages=2, archs=_WIDE),
-    Config({"BN": 16}, num_warps=4, num_stages=2, archs=_WIDE),
+    Config({"BN": 16}, num_warps=4, num_stages=2, archs=("sm_8", "sm_9", "sm_10", "gfx9")),
     Config({"BN": 16}, num_warps=8, num_stages=1, archs=("gfx11",)),
 )
 _MOST_SPLITS = 64
@@ -78,7 +78,8 @@ def shared_scale(cache: Tensor, scale: Tensor | None, head: int, paged: bool) ->
         return 1, head
     if scale.shape[2] == 1 and not paged:
         return _ALL_TOKENS, head // scale.shape[3]
-    return cache.shape[2] // scale.shape[2], head // scale.shape[3]
+    # An empty cache has no groups.
+    return max(1, cache.shape[2] // max(scale.shape[2], 1)), head // scale.shape[3]
 
 
 def alignment(tensor: Tensor) -> int:
@@ -117,9 +118,8 @@ def side_refused(
         return None if whole and zero is None else f"its {name} are codes without a scale"
     if zero is not None and (zero.shape, zero.stride()) != (scale.shape, scale.stride()):
         return f"the zeros of its {name} do not lie as their scales do"
-    if any(
-        n < 1 or all_ % n for n, all_ in ((scale.shape[2], cache.shape[2]), (scale.shape[3], head))
-    ):
+    divided = ((scale.shape[2], cache.shape[2]), (scale.shape[3], head))
+    if any(whole % n if n else whole for n, whole in divided):
         return f"the scales of its {name} do not divide them evenly"
     shared = shared_scale(cache, scale, head, paged)
     if any(n & (n - 1) for n in shared if n != head):

@@ -15,16 +15,17 @@ from .decode_combine import decode_finish
 
 
 @triton.jit
-def decode_share(length, queries, window, first, split, splits, BN: tl.constexpr):
+def decode_share(length, oldest, window, first, split, splits, BN: tl.constexpr):
     """Which tiles a split reads: (start, stop, tiles of first tokens, tiles that are skipped).
 
     Tile number i of the visible ones is tile i of the cache among the first tokens, and i + skipped
-    after them. Plain integers, so that it is checked outside of a GPU too.
+    after them. oldest: the place of the first query. Plain integers, so that it is checked outside
+    of a GPU too.
     """
     end = (length + BN - 1) // BN
     low = end * 0
     if window > 0:
-        low = max(length - queries - window + 1, 0) // BN
+        low = min(max(oldest - window + 1, 0) // BN, end)
     leading = min((first + BN - 1) // BN, low)
     count = leading + end - low
     share = (count + splits - 1) // splits
@@ -129,6 +130,7 @@ def decode_partial_kernel(
     K,
     V,
     LENGTHS,
+    CODED,
     TABLE,
     K_SCALE,
     K_ZERO,
@@ -146,6 +148,8 @@ def decode_partial_kernel(
     group,
     kv_heads,
     splits,
+    parts,
+    before,
     table_row,
     q_batch,
     q_head,
@@ -177,6 +181,7 @@ def decode_partial_kernel(
     V_ALIGN: tl.constexpr,
     O_ALIGN: tl.constexpr,
     PAGE: tl.constexpr,
+    TAIL: tl.constexpr,
     WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
     BM: tl.constexpr,
@@ -186,19 +191,33 @@ def decode_partial_kernel(
 ):
     """One split of one tile of rows: its attention and the log2 of its sum of exponentials.
 
-    Without LSE there is one split, and OUT is the result. K_TOKENS and K_SPAN: tokens and channels
+    Without LSE there is one split, and OUT is the result. With CODED the cache has two parts: the
+    first CODED tokens of a sequence and, with TAIL, those after them; their splits are `before`
+    others among the `parts`. K_TOKENS and K_SPAN: tokens and channels
     that share a scale.
     """
     LOG2E: tl.constexpr = 1.4426950408889634
     batch = tl.program_id(2).to(tl.int64)
     kv_head = (tl.program_id(1) % kv_heads).to(tl.int64)
     split = tl.program_id(0)
-    length = tl.load(LENGTHS + batch)
+    ends = tl.load(LENGTHS + batch)
+    length = ends
+    shift = ends * 0
+    if CODED is not None:
+        coded = min(tl.load(CODED + batch), ends)
+        if TAIL:
+            shift = coded
+            length = ends - coded
+        else:
+            length = coded
+    # From here on all places are those within this part of the cache.
+    oldest = ends - queries - shift
+    first = max(first - shift, 0)
     row = tl.program_id(1) // kv_heads * BM + tl.arange(0, BM)
     real = row < group * queries
     head = kv_head * group + row // queries
     query = row % queries
-    position = length - queries + query
+    position = oldest + query
     channel = tl.arange(0, BD)
     at = batch * q_batch + head * q_head + query.to(tl.int64) * q_query
     inside = real[:, None] & (channel < HEAD)[None, :]
@@ -215,7 +234,7 @@ def decode_partial_kernel(
     K_ROWS: tl.constexpr = BN // min(BN, K_TOKENS)
     V_ROWS: tl.constexpr = BN // min(BN, V_TOKENS)
     POST: tl.constexpr = K_SPAN == HEAD and K_ZERO is None
-    start, stop, leading, skipped = decode_share(length, queries, window, first, split, splits, BN)
+    start, stop, leading, skipped = decode_share(length, oldest, window, first, split, splits, BN)
     for i in range(start, stop):
         base = tl.where(i < leading, i, i + skipped) * BN
         token = base + tl.arange(0, BN)
@@ -243,6 +262,8 @@ def decode_partial_kernel(
         if SLOPES is not None:
             s += slope[:, None] * (token[None, :] - position[:, None]).to(tl.float32)
         seen = token[None, :] <= position[:, None]
+        if CODED is not None:
+            seen = seen & live[None, :]
         if WINDOWED:
             near = token[None, :] > position[:, None] - window
             seen = seen & (near | (token < first)[None, :])
@@ -270,7 +291,8 @@ def decode_partial_kernel(
     if LSE is None and SINKS is not None:
         sink = tl.load(SINKS + head, mask=real, other=0.0).to(tl.float32) * LOG2E
     out = decode_finish(m, total, acc, sink)
-    place = ((batch * kv_heads * group + head) * queries + query) * splits + split
+    place = ((batch * kv_heads * group + head) * queries + query) * parts
+    place += before + split
     if LSE is not None:
         tl.store(LSE + place, m + tl.log2(total), mask=real)
     column = tl.arange(0, BDV)

@@ -20,6 +20,9 @@ def decode_attention(
     v_zero: Tensor | None = None,
     sinks: Tensor | None = None,
     slopes: Tensor | None = None,
+    tail_k: Tensor | None = None,
+    tail_v: Tensor | None = None,
+    coded: Tensor | None = None,
     *,
     scale: float,
     window: int = 0,
@@ -42,11 +45,15 @@ def decode_attention(
     share a scale ([.., tokens, 1] per token; [.., groups, head] per channel in groups of tokens, as
     KIVI, Liu et al. 2024, has its keys). k_zero, v_zero: of the same form; the value of code 0.
     Codes are int8 or fp8 or, of k_bits or v_bits, uint8 packed lowest bits first along the head.
+    tail_k, tail_v: [batch, kv_heads, some, head], the tokens that are not coded yet; coded: int32
+    [batch], how many tokens of a sequence come before them in k and v (lengths counts both).
     sinks: [heads] logits that join the softmax and take no value. slopes: [heads], ALiBi: slope *
     (j - p) is added after softcap. Returns [batch, heads, queries, value_head] in q's dtype.
     """
     keys = dense(k, k_scale, k_zero, k_bits, table, q.dtype)
     values = dense(v, v_scale, v_zero, v_bits, table, q.dtype)
+    if tail_k is not None and tail_v is not None and coded is not None:
+        keys, values = (follow(*x, coded) for x in ((keys, tail_k), (values, tail_v)))
     wide = torch.promote_types(q.dtype, torch.float32)
     batch, heads, queries, _ = q.shape
     group = heads // keys.shape[1]
@@ -92,6 +99,16 @@ def dense(
         return cache
     paged = cache[table.to(torch.int64).clamp(0, cache.shape[0] - 1)]
     return paged.permute(0, 2, 1, 3, 4).flatten(2, 3)
+
+
+def follow(cache: Tensor, tail: Tensor, coded: Tensor) -> Tensor:
+    """The first `coded` tokens of each sequence's cache and then its tail, as one cache."""
+    most = cache.shape[2]
+    token = torch.arange(most + tail.shape[2], device=cache.device)
+    begin = coded.to(torch.int64)[:, None]
+    place = torch.where(token < begin, token, most + (token - begin).clamp_max(tail.shape[2] - 1))
+    joined = torch.cat((cache, tail.to(cache.dtype)), 2)
+    return joined.take_along_dim(place[:, None, :, None], 2)
 
 
 def spread(scale: Tensor, cache: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ CONFIGS = (
     Config({"AHEAD": 1}, num_warps=4, num_stages=2),
 )
 _TILE = 1024
+_AHEAD_STATES = 256
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -122,8 +123,10 @@ def plan(
     constants = {"STATES": states, "SOFTPLUS": softplus, "BC": block, "BS": wide}
     constants["UNIFORM"] = b.shape[2] == 1 or (channels // b.shape[2]) % block == 0
     grid = (triton.cdiv(channels, block), batch)
-    launch = Launch(selective_scan_kernel, grid, args, constants)
-    return Plan((y, last), (launch.with_config(chosen),))
+    # As many tokens at a time as there are registers for.
+    constants["AHEAD"] = min(chosen.constants["AHEAD"], max(1, _AHEAD_STATES // wide))
+    options = (chosen.num_warps, chosen.num_stages)
+    return Plan((y, last), (Launch(selective_scan_kernel, grid, args, constants, *options),))
 
 
 def _strides(prefix: str, tensor: Tensor | None, names: tuple[str, ...]) -> dict[str, int]:

@@ -122,6 +122,63 @@ def test_codes_are_what_their_grid_says():
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-13)
 
 
+def test_a_tail_goes_on_where_the_codes_end():
+    q, k, v, lengths = _problem()
+    coded = torch.tensor([8, 0, 2, 16], dtype=torch.int32)
+    tails = []
+    for cache in (k, v):
+        tail = torch.full((4, 2, 7, cache.shape[3]), torch.nan, dtype=torch.float64)
+        for b, (begin, end) in enumerate(zip(coded.tolist(), lengths.tolist(), strict=True)):
+            tail[b, :, : end - begin] = cache[b, :, begin:end]
+        tails.append(tail)
+    before = torch.arange(17) < coded[:, None]
+    heads = [x.masked_fill(~before[:, None, :, None], torch.nan) for x in (k, v)]
+    for options in ({}, {"window": 6, "first": 2, "slopes": _double(6, seed=5)}):
+        expected = TWIN(q, k, v, lengths, scale=0.4, **options)
+        got = TWIN(
+            q, *heads, lengths, tail_k=tails[0], tail_v=tails[1], coded=coded, scale=0.4, **options
+        )
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-13)
+
+
+def test_the_cache_of_kivi_is_read_as_it_lies():
+    """Codes, scales and waiting tokens as passes.kivi_cache keeps them, against its operators."""
+    group, bits, head = 4, 4, 8
+    old, recent = _double(2, 2, 12, head, seed=1), _double(2, 2, 5, head, seed=2)
+    keys = old.unflatten(2, (-1, group))
+    values = old.flip(3).unflatten(3, (-1, group))
+    parts = []
+    for x, axis in ((keys, 3), (values, 4)):
+        zero = x.amin(axis, True)
+        scale = (x.amax(axis, True) - zero) / 15
+        codes = torch.ops.planish.quantize_cache(x, scale, zero, bits)
+        width = x.shape[-1]
+        loose = torch.ops.planish.dequantize_cache(codes, scale, zero, bits, width=width)
+        parts.append((codes, scale, zero, loose))
+    (k, ks, kz, loose_k), (v, vs, vz, loose_v) = parts
+    whole_k = torch.cat((loose_k.flatten(2, 3), recent), 2)
+    whole_v = torch.cat((loose_v.flatten(3, 4), recent.flip(3)), 2)
+    q = _double(2, 4, 1, head, seed=3)
+    got = TWIN(
+        q,
+        k.flatten(2, 3),
+        v.flatten(3, 4),
+        torch.full((2,), 17, dtype=torch.int32),
+        k_scale=ks.squeeze(3),
+        k_zero=kz.squeeze(3),
+        v_scale=vs.squeeze(4),
+        v_zero=vz.squeeze(4),
+        tail_k=recent,
+        tail_v=recent.flip(3),
+        coded=torch.full((2,), 12, dtype=torch.int32),
+        scale=0.3,
+        k_bits=bits,
+        v_bits=bits,
+    )
+    expected = torch.ops.planish.attention(q, whole_k, whole_v, scale=0.3)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-13)
+
+
 def test_what_lies_beyond_the_end_is_not_read():
     q, k, v, lengths = _problem()
     clean = TWIN(q, k, v, lengths, scale=0.4)
@@ -143,7 +200,7 @@ def test_splits_read_every_visible_tile_once(length, queries, window, first, spl
     read = []
     for split in range(splits):
         start, stop, leading, skipped = decode_share.fn(
-            length, queries, window, first, split, splits, tile
+            length, length - queries, window, first, split, splits, tile
         )
         read += [i if i < leading else i + skipped for i in range(start, stop)]
     visible = {
@@ -186,6 +243,13 @@ def _int8(of):
     return of(2, 2, 128, 64, dtype=torch.int8)
 
 
+_TAIL = {
+    "tail_k": lambda of: of(2, 2, 9, 64),
+    "tail_v": lambda of: of(2, 2, 9, 64),
+    "coded": lambda of: of(2, dtype=torch.int32),
+}
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -214,6 +278,11 @@ def _int8(of):
         ({"k": lambda of: of(2, 2, 128, 64, dtype=torch.float8_e4m3fn)}, "does not read"),
         ({"k": lambda of: of(2, 2, 128, 64, dtype=torch.float8_e5m2)}, None),
         ({"k_zero": lambda of: of(2, 2, 128, 1)}, "without a scale"),
+        ({"tail_k": lambda of: of(2, 2, 9, 64)}, "not all are given"),
+        ({**_TAIL}, None),
+        ({**_TAIL, "coded": lambda of: of(2, dtype=torch.int64)}, "int64"),
+        ({**_TAIL, "tail_v": lambda of: of(2, 2, 9, 32)}, "other channels"),
+        ({**_TAIL, "tail_v": lambda of: of(2, 2, 9, 64, dtype=torch.int8)}, "int8"),
     ],
 )
 def test_why_not(changes, said):
@@ -253,6 +322,17 @@ def test_plan_allocates_parts_only_for_several_splits():
     assert combine.grid == (2 * 8 * 1,)
     assert partial.args["OUT"].shape == (2, 8, 1, splits, 64)
     assert two.outputs[0].shape == (2, 8, 1, 64)
+
+
+def test_a_tail_is_a_launch_of_its_own_beside_the_codes():
+    plan = kernel.plan(**_meta(**_TAIL), config=kernel.CONFIGS[2])
+    codes, tail, _ = plan.launches
+    assert (codes.args["splits"], codes.args["before"], codes.args["parts"]) == (4, 0, 5)
+    assert (tail.args["splits"], tail.args["before"], tail.args["parts"]) == (1, 4, 5)
+    assert (codes.constants["TAIL"], tail.constants["TAIL"]) == (False, True)
+    empty = _meta(**_TAIL, k=lambda of: of(2, 2, 0, 64), v=lambda of: of(2, 2, 0, 64))
+    assert kernel.why_not("sm_80", **empty) is None
+    assert [one.args["before"] for one in kernel.plan(**empty).launches[:2]] == [0, 1]
 
 
 def test_tiles_follow_the_head():
