@@ -130,6 +130,7 @@ def test_products_by_descriptors(arch: str, dtype: torch.dtype) -> None:
     assert any(opcode.startswith("cp.async.bulk.tensor.2d.shared") for opcode in done.opcodes)
 
 
+@pytest.mark.slow
 def test_broken_copies_of_a_product_by_descriptors() -> None:
     launch, want = product(torch.float16, (70, 72, 160), (64, 64, 32), described=True)
     whole = simulate(launch, "sm_90")
