@@ -22,7 +22,7 @@ def lower_attentions(calls: Calls) -> list[str]:
         if reason:
             sentences.append(f"%{node.name} is not flash attention because {reason}")
         else:
-            calls.replace_several([node], spec, call)
+            calls.replace_several([node], spec, call, planner="planish.kernels.attend")
     return sentences
 
 

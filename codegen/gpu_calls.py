@@ -45,10 +45,13 @@ class Calls:
         return node
 
     def replace_several(
-        self, olds: Sequence[Node], spec: TritonSpec, call: Mapping[str, Any]
+        self, olds: Sequence[Node], spec: TritonSpec, call: Mapping[str, Any], planner: str = ""
     ) -> Node:
-        """Call a kernel whose first results stand for some nodes, at the place of the last."""
-        node = self._emit(spec, call, olds[-1])
+        """Call a kernel whose first results stand for some nodes, at the place of the last.
+
+        planner: see `KernelCall`; operators have their own.
+        """
+        node = self._emit(spec, call, olds[-1], planner)
         node.meta["val"] = tuple(old.meta["val"] for old in olds)
         with self.editor.graph.inserting_after(node):
             for place in reversed(range(len(olds))):
@@ -57,14 +60,18 @@ class Calls:
                 self.editor.replace(olds[place], item)
         return node
 
-    def _emit(self, spec: TritonSpec, call: Mapping[str, Any], place: Node) -> Node:
+    def _emit(
+        self, spec: TritonSpec, call: Mapping[str, Any], place: Node, planner: str = ""
+    ) -> Node:
         with self.editor.graph.inserting_before(place):
             if self.operators:
                 target = _operator(spec)
                 args, kwargs = _by_schema(target, call)
                 node = self.editor.graph.call_function(target, args, kwargs)
             else:
-                node = self.editor.graph.call_function(KernelCall(spec), (), dict(call))
+                node = self.editor.graph.call_function(
+                    KernelCall(spec, planner=planner), (), dict(call)
+                )
         node.meta["module"] = place.meta.get("module", "")
         node.meta["named"] = place.meta.get("named", place.name)
         return node

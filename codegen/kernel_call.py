@@ -15,12 +15,14 @@ from .region import Region
 class KernelCall:
     """The target of such a node: called with the operator's arguments by name.
 
+    planner: module whose `plan` is called, where that is not the kernel's own.
     epilogue: operations on the result that the kernel does before it stores; its further inputs
     come as `operands`. On the CPU twin and operations run, so a lowered graph runs anywhere.
     """
 
     spec: TritonSpec
     epilogue: Region | None = None
+    planner: str = ""
 
     @property
     def __name__(self) -> str:

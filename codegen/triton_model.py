@@ -180,7 +180,8 @@ class _Writer:
         return self.printer.doprint(found.xreplace(names))
 
     def _kernel(self, node: Node, call: KernelCall) -> str:
-        alias = self._root(call.spec.plan.__module__, "plan", f"{call.spec.name}_plan")
+        planner = call.planner or call.spec.plan.__module__
+        alias = self._root(planner, "plan", f"{planner.rpartition('.')[2]}_plan")
         given: dict[str, Any] = dict(node.kwargs)
         operands = given.pop("operands", ())
         arguments = [f"{key}={self._text(value)}" for key, value in given.items()]

@@ -20,6 +20,7 @@ from planish.codegen.triton import WEIGHTS, write_sources, write_weights
 from planish.codegen.triton_model import model_source
 from planish.ir.interpret import run
 from planish.ir.program import Program
+from planish.kernels import attend
 from planish.kernels.interpreter import repair
 from torch import Tensor
 
@@ -88,3 +89,51 @@ def test_packed_weights(recipe: str, tmp_path: Path) -> None:
         assert any(weight.endswith(".words") for weight in weights)
         tables = {str(node.target) for node in program.weight_nodes()} & weights.keys()
         assert all(weights[table].dim() == 1 or "wpe" in table for table in tables)
+
+
+def test_half_precision(tmp_path: Path) -> None:
+    """Between its kernels' results a package computes in float32: no worse than the program."""
+    sample = zoo.build("llama")
+    model = sample.model.to(torch.bfloat16)
+    program = optimize(model, sample.args, sample.kwargs, recipe="exact").program
+    inputs = program.flatten_inputs((), sample.other_inputs(batch=2, length=11))
+    (got,) = interpreted(program, inputs, tmp_path)
+    (exact,), (own,) = run(program, inputs, float64=True), run(program, inputs)
+    assert got.dtype == torch.bfloat16
+    assert (got.double() - exact).abs().max() <= 2 * (own.double() - exact).abs().max()
+
+
+def test_a_decoder_with_its_cache(tmp_path: Path) -> None:
+    """Prefill from an empty cache, then a token on what came out of it."""
+    sample = zoo.build("llama")
+    ids = sample.other_inputs(batch=2, length=9)["input_ids"]
+    program = optimize(sample.model, (ids,), recipe="exact", kv_cache=True).program
+    empty = [past[:, :, :0] for past in program.examples[1:]]
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+    prefill = [ids[:, :8], *empty]
+    got = interpreted(program, prefill, first)
+    assert_as_good(program, prefill, got)
+    decode = [ids[:, 8:], *got[1:]]
+    assert_as_good(program, decode, interpreted(program, decode, second))
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 600), (3, 515), (16, 512), (17, 600), (2, 40)])
+def test_attention_by_either_kernel(queries: int, keys: int) -> None:
+    """A window, a soft cap and sinks mean the same to both; the sizes decide which one runs."""
+    generator = torch.Generator().manual_seed(queries)
+    q = torch.randn(2, 6, queries, 32, generator=generator)
+    k, v = (torch.randn(2, 2, keys, 32, generator=generator) for _ in "kv")
+    sinks = torch.randn(6, generator=generator)
+    form: dict[str, Any] = {"scale": 0.2, "causal": True, "window": 300, "softcap": 9.0}
+    made = attend.plan(q, k, v, None, sinks, **form)
+    split = queries <= attend.FEW and keys >= attend.MANY
+    assert any("decode" in launch.name for launch in made.launches) == split
+    with repair():
+        made.run()
+    wide = [x.double() for x in (q, k, v)]
+    exact = torch.ops.planish.attention(*wide, None, sinks.double(), **form)
+    own = torch.ops.planish.attention(q, k, v, None, sinks, **form)
+    allowed = 4 * (own.double() - exact).abs().max() + 2**-22
+    assert (made.outputs[0].double() - exact).abs().max() <= allowed
