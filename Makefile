@@ -26,7 +26,8 @@ test-slow: $(VENV)/.test-installed
 # architecture, its compiled code executed, broken copies of it caught.
 test-kernels: $(VENV)/.test-installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "slow or not slow" tests/test_kernel*.py \
-	  tests/test_interpreter.py tests/test_aot.py tests/test_ptx_*.py tests/test_triton_*.py
+	  tests/test_interpreter.py tests/test_aot.py tests/test_budget*.py tests/test_machine_code.py \
+	  tests/test_ptx_*.py tests/test_triton_*.py
 
 # Where a GPU is: the same kernels on it, against the same twins, and their times.
 test-gpu: $(VENV)/.test-installed
