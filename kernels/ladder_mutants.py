@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from time import perf_counter
 
+from ..ir.errors import PlanishError
 from .aot import Compiled, KernelDoesNotCompile, compile_launch
 from .ladder_execute import Ran, run_case
 from .ladder_judge import Judgement
@@ -27,7 +28,10 @@ SURVIVORS = 0.2
 """The share of broken copies that may go unnoticed."""
 
 _COMPILED = 8
-"""Cases of which the one with the most kinds of broken copies is taken."""
+"""Cases that are compiled, of which those with the most kinds of broken copies are executed."""
+
+_EXECUTED = 3
+"""Cases that are executed, of which the one that meets the most kinds of instructions is taken."""
 
 _PATIENCE = 4
 """A broken copy may execute that many times the instructions of the original."""
@@ -69,15 +73,25 @@ def kind_of(copy: Mutant) -> str:
 
 
 def _chosen(spec: TritonSpec, ask: Ask) -> list[Program]:
-    """For each architecture a case whose code can be broken in most ways, then the smallest."""
+    """For each architecture a case whose code can be broken in most ways and is mostly executed."""
     cases = [case for case, skipped in cases_for(spec, RUNG, "ptx", ask) if not skipped]
     chosen: list[Program] = []
     for arch in ask.archs:
         serving = _some(spec, [case for case in cases if arch in case.archs])
         programs = [found for case in serving if (found := _program(spec, case, arch))]
+        programs.sort(key=lambda one: (-len(one.kinds), one.size))
         if programs:
-            chosen.append(max(programs, key=lambda one: (len(one.kinds), -one.size)))
+            chosen.append(max(programs[:_EXECUTED], key=lambda one: _executed(spec, one)))
     return chosen
+
+
+def _executed(spec: TritonSpec, program: Program) -> int:
+    """How many different instructions run: a mistake in a branch not taken cannot be caught."""
+    try:
+        ran = run_case(spec, program.case, program.arch, known=program.compiled)
+    except PlanishError:  # told where the whole program is executed
+        return 0
+    return len({opcode for execution in ran.executions for opcode in execution.opcodes})
 
 
 def _some(spec: TritonSpec, cases: list[Case]) -> list[Case]:

@@ -1,6 +1,7 @@
 """Every shipped Triton kernel up the ladder: `make test-kernels`.
 
-Machine code and budgets (rungs 2 and 3) are test_budget_all.py's. Each test is one kernel on one rung, in the process of `planish verify-kernel`.
+Each test is one kernel on one rung, in the process of `planish verify-kernel`. Machine code and
+budgets (rungs 2 and 3) are in test_budget_all.py.
 """
 
 from __future__ import annotations
