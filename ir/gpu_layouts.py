@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import WrongOption
+from .errors import UnsupportedShape, WrongOption
 
 _FIELDS = {2: 8, 3: 16, 4: 4, 8: 2}
 
@@ -95,3 +95,52 @@ class FieldWords:
         per_word = 16 // self.bits
         count = 15 if self.bits == 3 else self.fields
         return [(j // per_word, j % per_word * self.bits) for j in range(count)]
+
+
+@dataclass(frozen=True)
+class TwoOfFour:
+    """A matrix [N, K] with at most two nonzeros in every four columns of a row, half of it stored.
+
+    values [tiles, 2, N, run], in the weight's dtype: of group g = tile * run + i of four columns
+    the two values kept, in the order of their columns. places: the groups' codes, first column
+    plus 4 times second column, as `FieldWords(4, run)` lays [N, groups] out. Groups past the end
+    hold zeros.
+    """
+
+    run: int = 16
+
+    @property
+    def columns(self) -> int:
+        """Columns of a block of places: four fields of `run` groups of four."""
+        return 4 * 4 * self.run
+
+    def tiles(self, length: int) -> int:
+        return 4 * -(-length // self.columns)
+
+    def pack(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, K] to values and places. Raises UnsupportedShape where four hold more than two."""
+        padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % self.columns))
+        groups = padded.unflatten(1, (-1, 4))
+        kept = groups != 0
+        if bool((kept.sum(-1) > 2).any()):
+            raise UnsupportedShape(
+                "four columns hold more than two nonzeros",
+                expected="at most two nonzeros in every four columns of a row",
+                found=f"{int((kept.sum(-1) > 2).sum())} of {kept[..., 0].numel()} groups with more",
+                fix="prune the weight to 2:4 first",
+            )
+        order = torch.sort(kept.to(torch.uint8), dim=-1, descending=True, stable=True).indices
+        places = order[..., :2].sort(-1).values
+        values = groups.gather(-1, places).unflatten(1, (-1, self.run))
+        codes = (places[..., 0] + 4 * places[..., 1]).to(torch.uint8)
+        words = FieldWords(4, self.run).pack(codes)
+        return values.permute(1, 3, 0, 2).contiguous(), words
+
+    def unpack(self, values: Tensor, places: Tensor, length: int) -> Tensor:
+        """The inverse of `pack`: the matrix [N, length]."""
+        tiles, _, rows, run = values.shape
+        codes = FieldWords(4, run).unpack(places, tiles * run).long()
+        at = torch.stack([codes & 3, codes >> 2], -1)
+        held = values.permute(2, 0, 3, 1).reshape(rows, tiles * run, 2)
+        dense = torch.zeros(rows, tiles * run, 4, dtype=values.dtype, device=values.device)
+        return dense.scatter_(-1, at, held).flatten(1)[:, :length].contiguous()

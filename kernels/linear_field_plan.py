@@ -148,12 +148,10 @@ def _smaller(
 ) -> Config:
     """Fewer rows where a step holds more at once: fields of x, float32, unscaled sums, entries."""
     tile, stages = dict(config.constants), config.num_stages
-    if dtype == torch.float32 or fields > 4 or together < fields:
+    if together < fields:
         tile["BM"] = min(tile["BM"], 64)
     if dtype == torch.float32 or fields > 4:
-        stages = 2
-    if dtype == torch.float32 or fields > 8:
-        tile["BM"] = min(tile["BM"], 32)
+        tile["BM"], stages = min(tile["BM"], 32), 2
     if gathers:
         tile["BM"] = min(tile["BM"], 8 * config.num_warps)
     return replace(config, constants=tile, num_stages=stages)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planish.ir.errors import WrongOption
-from planish.ir.gpu_layouts import FieldWords
+from planish.ir.errors import UnsupportedShape, WrongOption
+from planish.ir.gpu_layouts import FieldWords, TwoOfFour
 
 WIDTHS = (2, 3, 4, 8)
 
@@ -65,3 +65,43 @@ def test_columns_past_the_end_hold_code_zero() -> None:
 def test_what_has_no_layout_is_refused(bits: int, run: int) -> None:
     with pytest.raises(WrongOption):
         FieldWords(bits, run)
+
+
+def two_of_four(rows: int, length: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
+    """Random weights; each four columns keep two at random, and some of those are zero."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = torch.randn(rows, -(-length // 4), 4, generator=generator)
+    order = torch.rand(groups.shape, generator=generator).argsort(dim=-1)
+    groups[order > 1] = 0
+    groups[torch.rand(groups.shape, generator=generator) < 0.1] = 0
+    return groups.flatten(1)[:, :length].to(dtype)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from([16, 32]), st.integers(1, 600), st.integers(1, 4), st.integers(0, 9))
+def test_two_of_four_is_invertible_and_half_as_long(
+    run: int, length: int, rows: int, seed: int
+) -> None:
+    layout, weight = TwoOfFour(run), two_of_four(rows, length, seed, torch.bfloat16)
+    values, places = layout.pack(weight)
+    assert torch.equal(layout.unpack(values, places, length), weight)
+    padded = -(-length // layout.columns) * layout.columns
+    assert values.numel() * 2 == rows * padded
+    assert places.numel() * 16 == rows * padded
+
+
+def test_the_kept_values_lie_in_the_order_of_their_columns() -> None:
+    weight = torch.tensor([[0.0, 5.0, 0.0, 7.0, 0.0, 0.0, 3.0, 0.0]])
+    values, places = TwoOfFour(16).pack(weight)
+    assert values[0, :, 0, 0].tolist() == [5.0, 7.0]
+    assert values[0, :, 0, 1].sum() == 3.0
+    assert int(places[0, 0, 0, 0]) & 15 == 1 + 4 * 3
+
+
+def test_three_of_four_are_refused() -> None:
+    weight = torch.zeros(2, 8)
+    weight[1, 4:7] = 1.0
+    with pytest.raises(UnsupportedShape, match="more than two"):
+        TwoOfFour().pack(weight)
+    weight[1, 4] = 0.0
+    assert torch.equal(TwoOfFour().unpack(*TwoOfFour().pack(weight), 8), weight)

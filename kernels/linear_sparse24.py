@@ -1,0 +1,317 @@
+"""Linear layers on 2:4 sparse weights, on a GPU, to save bytes and nothing else.
+
+Half of the values and two bits for each are read, and a tile is expanded in registers to a dense
+one, which a dense product multiplies: Triton's language has no product of a sparse matrix, so the
+sparse units of a GPU (Mishra et al. 2021) are not used and no multiplication is saved. Worth it
+where the weight's bytes bound the layer: for few rows.
+"""
+# pyright: reportMissingParameterType=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..ir.gpu_layouts import TwoOfFour
+from .epilogue import standard
+from .launch import Config, Launch, Plan
+from .linear_problem import (
+    EPILOGUE_SCHEMA,
+    PRECISIONS,
+    linear_cost,
+    linear_problem,
+    linear_twin,
+    nbytes,
+    why_not_linear,
+)
+from .linear_sparse24_cases import CASES, FORMS
+from .linear_split import reduce_launch, split_count
+from .linear_tiles import linear_store_tile, linear_tile
+from .operator import define
+from .spec import Cost
+from .triton_spec import TritonSpec
+
+FEW = 16
+"""Rows up to which the summed axis is split."""
+
+
+@triton.jit
+def linear_sparse24_expanded(first, second, codes, RUN: tl.constexpr, BN: tl.constexpr):
+    """Two values [BN, RUN] of each group of four and their places to a dense tile [BN, 4 RUN]."""
+    low, high = codes & 3, codes >> 2
+    nothing = tl.zeros_like(first)
+    zero = tl.where(low == 0, first, nothing)
+    one = tl.where(low == 1, first, tl.where(high == 1, second, nothing))
+    two = tl.where(low == 2, first, tl.where(high == 2, second, nothing))
+    three = tl.where(high == 3, second, nothing)
+    return tl.join(tl.join(zero, two), tl.join(one, three)).reshape(BN, 4 * RUN)
+
+
+@triton.jit
+def linear_sparse24_sums(
+    X,
+    VALUES,
+    PLACES,
+    row,
+    column,
+    height,
+    width,
+    length,
+    x_stride,
+    start,
+    stop,
+    RUN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Sums [BN, BM] of W times X.T over the blocks of places start to stop."""
+    length, x_stride = length * ALIGN, x_stride * ALIGN
+    rows, columns, along = row + tl.arange(0, BM), column + tl.arange(0, BN), tl.arange(0, RUN)
+    quads = tl.arange(0, 4 * RUN)
+    high, wide = (rows < height)[:, None], (columns < width)[:, None]
+    plane = width.to(tl.int64) * RUN
+    tile = tl.arange(0, BN)[:, None] * RUN + along[None, :]
+    p_at, v_at = PLACES + column.to(tl.int64) * RUN, VALUES + column.to(tl.int64) * RUN
+    x_at = X + row.to(tl.int64) * x_stride
+    x_tile = tl.arange(0, BM)[:, None] * x_stride + quads[None, :]
+    sums = tl.zeros([BN, BM], tl.float32)
+    for block in range(start, stop):
+        words = tl.load(tl.multiple_of(p_at + block * plane, 16) + tile, mask=wide, other=0)
+        for field in tl.static_range(4):
+            at = tl.multiple_of(v_at + (block * 4 + field) * 2 * plane, 16) + tile
+            first = tl.load(at, mask=wide, other=0.0)
+            second = tl.load(at + plane, mask=wide, other=0.0)
+            w = linear_sparse24_expanded(first, second, (words >> (4 * field)) & 15, RUN, BN)
+            k = (block * 4 + field) * (4 * RUN)
+            inside = high & (k + quads < length)[None, :]
+            x = tl.load(tl.multiple_of(x_at + k, 2 * ALIGN) + x_tile, mask=inside, other=0.0)
+            sums = tl.dot(w, x.T, sums, input_precision=PRECISION)
+    return sums
+
+
+@triton.jit
+def linear_sparse24_kernel(
+    X,
+    VALUES,
+    PLACES,
+    OUT,
+    height,
+    width,
+    length,
+    x_stride,
+    blocks,
+    E0,
+    E0_row,
+    E0_col,
+    E1,
+    E1_row,
+    E1_col,
+    E2,
+    E2_row,
+    E2_col,
+    E3,
+    E3_row,
+    E3_col,
+    ACTIVATION: tl.constexpr,
+    FINISH: tl.constexpr,
+    RUN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    row, column = linear_tile(tl.program_id(0), tl.cdiv(height, BM), tl.cdiv(width, BN), TILES)
+    sums = linear_sparse24_sums(
+        X, VALUES, PLACES, row * BM, column * BN, height, width, length, x_stride, 0, blocks, RUN,
+        PRECISION, ALIGN, BM, BN,
+    )  # fmt: skip
+    linear_store_tile(
+        OUT, sums.T, row * BM, column * BN, height, width, E0, E0_row, E0_col, E1, E1_row, E1_col,
+        E2, E2_row, E2_col, E3, E3_row, E3_col, ACTIVATION, FINISH, BM, BN,
+    )  # fmt: skip
+
+
+@triton.jit
+def linear_sparse24_split_kernel(
+    X,
+    VALUES,
+    PLACES,
+    PARTS,
+    height,
+    width,
+    length,
+    x_stride,
+    blocks,
+    run,
+    RUN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Sums over `run` blocks for each split: PARTS [splits, M, N], M up to BM."""
+    column, split = tl.program_id(0) * BN, tl.program_id(1)
+    sums = linear_sparse24_sums(
+        X, VALUES, PLACES, split * 0, column, height, width, length, x_stride, split * run,
+        tl.minimum(split * run + run, blocks), RUN, PRECISION, ALIGN, BM, BN,
+    )  # fmt: skip
+    rows, columns = tl.arange(0, BM), column + tl.arange(0, BN)
+    at = (split * height + rows).to(tl.int64)[None, :] * width + columns[:, None]
+    inside = (rows < height)[None, :] & (columns < width)[:, None]
+    tl.store(PARTS + at, sums, mask=inside)
+
+
+CONFIGS = (
+    Config({"BM": 64, "BN": 64, "TILES": 8}, 4, 2),
+    Config({"BM": 16, "BN": 64}, 4, 3, ("sm_",)),
+    Config({"BM": 16, "BN": 64}, 4, 2, ("gfx",)),
+)
+
+
+@dataclass(frozen=True)
+class PackedSparse24:
+    """A weight [N, K] as `TwoOfFour` lays it out; the fields are the operator's arguments."""
+
+    values: Tensor
+    places: Tensor
+
+
+def pack(weight: Tensor) -> PackedSparse24:
+    """weight [N, K] with at most two nonzeros in every four columns; raises UnsupportedShape."""
+    return PackedSparse24(*TwoOfFour().pack(weight))
+
+
+def linear_sparse24(
+    x: Tensor,
+    values: Tensor,
+    places: Tensor,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    precision: str = "ieee",
+) -> Tensor:
+    """The twin; `precision` says what a GPU may do with float32 and changes nothing here."""
+    weight = TwoOfFour(values.shape[-1]).unpack(values, places, x.shape[-1])
+    return linear_twin(x, weight, bias, gate, residual, activation)
+
+
+def plan(
+    x: Tensor,
+    values: Tensor,
+    places: Tensor,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    precision: str = "ieee",
+    *,
+    config: Config | None = None,
+    arch: str = "sm_80",
+    finish: Any = standard,
+    operands: Sequence[Tensor | None] | None = None,
+) -> Plan:
+    """x [..., K] and the fields of `PackedSparse24`; the result is contiguous."""
+    width, blocks = values.shape[2], places.shape[0]
+    problem = linear_problem(x, width, (bias, gate, residual), activation, finish, operands)
+    few = problem.height <= FEW
+    chosen = config or next(
+        c for c in CONFIGS if c.serves(arch) and ("TILES" in c.constants) != few
+    )
+    if x.dtype == torch.float32:
+        tile = {**chosen.constants, "BM": min(chosen.constants["BM"], 32)}
+        chosen = replace(chosen, constants=tile)
+    rows = problem.rows
+    start = 0 if rows.is_meta else rows.data_ptr()
+    align = 1 if rows.shape[1] % 8 or rows.stride(0) % 8 or start % 16 else 8
+    args = {
+        "X": rows,
+        "VALUES": values,
+        "PLACES": places,
+        "height": problem.height,
+        "width": width,
+        "length": problem.length // align,
+        "x_stride": rows.stride(0) // align,
+        "blocks": blocks,
+    }
+    fixed = {"RUN": values.shape[-1], "PRECISION": precision, "ALIGN": align}
+    columns = triton.cdiv(width, chosen.constants["BN"])
+    if "TILES" in chosen.constants:
+        launch = Launch(
+            linear_sparse24_kernel,
+            (columns * triton.cdiv(problem.height, chosen.constants["BM"]),),
+            {**args, "OUT": problem.out, **problem.epilogue},
+            {**problem.finish, **fixed},
+        )
+        return Plan((problem.out,), (launch.with_config(chosen),))
+    splits = split_count(columns, blocks)
+    parts = problem.scratch(splits)
+    launch = Launch(
+        linear_sparse24_split_kernel,
+        (columns, splits if problem.height else 0),
+        {**args, "PARTS": parts, "run": triton.cdiv(blocks, splits)},
+        fixed,
+    )
+    return Plan((problem.out,), (launch.with_config(chosen), reduce_launch(problem, parts)))
+
+
+def why_not(
+    arch: str,
+    x: Tensor,
+    values: Tensor,
+    places: Tensor,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    precision: str = "ieee",
+) -> str | None:
+    length, (width, run) = x.shape[-1], values.shape[2:]
+    tiles = TwoOfFour(run).tiles(length)
+    if values.dtype != x.dtype or values.shape[:2] != (tiles, 2) or not values.is_contiguous():
+        return f"its values are {values.dtype} {list(values.shape)} for {length} columns"
+    if places.dtype != torch.int16 or places.shape != (tiles // 4, 1, width, run):
+        return f"its places are {places.dtype} {list(places.shape)}"
+    if precision not in PRECISIONS:
+        return f"there is no precision {precision}"
+    return why_not_linear(x, width, length, (bias, gate, residual), activation)
+
+
+def cost(
+    x: Tensor,
+    values: Tensor,
+    places: Tensor,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    precision: str = "ieee",
+) -> Cost:
+    """The products with zeros count: they are computed."""
+    return linear_cost(x, values.shape[2], nbytes(values, places), (bias, gate, residual))
+
+
+SPEC = TritonSpec(
+    name="linear_sparse24",
+    schema="planish::linear_sparse24(Tensor x, Tensor values, Tensor places, "
+    f"{EPILOGUE_SCHEMA}, str precision='ieee') -> Tensor",
+    serves="linear layers on 2:4 sparse weights, stored in half and multiplied as dense",
+    twin=linear_sparse24,
+    plan=plan,
+    configs=CONFIGS,
+    why_not=why_not,
+    cost=cost,
+    cases=CASES,
+    forms=FORMS,
+)
+
+define(SPEC)
