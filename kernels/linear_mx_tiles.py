@@ -43,27 +43,26 @@ def mx_weight(
     W,
     SCALES,
     start,
-    columns,
-    width,
-    length,
+    there,
+    left,
     w_stride,
     scales_stride,
     FORMAT: tl.constexpr,
     DTYPE: tl.constexpr,
-    ALIGN: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """The weight's tile [BN, BK] from column `start`, in DTYPE."""
+    """The tile [BN, BK] in DTYPE, from column `start` of the rows that W and SCALES point to."""
     BLOCK: tl.constexpr = tl.constexpr(16 if FORMAT == "nvfp4" else 32)
     PER: tl.constexpr = tl.constexpr(1 if FORMAT == "mxfp8" else 2)
-    there = (columns < width)[:, None]
-    at = start // PER + tl.arange(0, BK // PER)
-    w_at = tl.multiple_of(W, ALIGN) + columns.to(tl.int64)[:, None] * w_stride + at[None, :]
-    codes = tl.load(w_at, mask=there & (at * PER < length)[None, :], other=0)
-    block = start // BLOCK + tl.arange(0, BK // BLOCK)
-    s_at = SCALES + columns.to(tl.int64)[:, None] * scales_stride + block[None, :]
-    scales = tl.load(s_at, mask=there & (block * BLOCK < length)[None, :], other=0)
+    row = tl.arange(0, BN)[:, None]
+    at = tl.arange(0, BK // PER)[None, :]
+    inside = there[:, None] & (start + at * PER < left)
+    codes = tl.load(W + start // PER + row * w_stride + at, mask=inside, other=0)
+    block = tl.arange(0, BK // BLOCK)[None, :]
+    inside = there[:, None] & (start + block * BLOCK < left)
+    s_at = SCALES + start // BLOCK + row * scales_stride + block
+    scales = tl.load(s_at, mask=inside, other=0)
     if FORMAT == "mxfp8":
         values = mx_e4m3(codes)
     else:
@@ -83,8 +82,7 @@ def linear_mx_sums(
     height,
     width,
     first,
-    last,
-    length,
+    left,
     x_stride,
     w_stride,
     scales_stride,
@@ -94,17 +92,26 @@ def linear_mx_sums(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Sums [BN, BM] over the columns first to last: the decoded weight is the left operand, which a
-    tensor core takes from registers."""
+    """Sums [BN, BM] over `left` columns after the `first`; rows and columns: where the tile starts.
+
+    The decoded weight is the left operand, which a tensor core takes from registers.
+    """
+    BLOCK: tl.constexpr = tl.constexpr(16 if FORMAT == "nvfp4" else 32)
+    PER: tl.constexpr = tl.constexpr(1 if FORMAT == "mxfp8" else 2)
+    here = rows + tl.arange(0, BM) < height
+    there = columns + tl.arange(0, BN) < width
+    x_at = tl.multiple_of(X + (rows.to(tl.int64) * x_stride + first), ALIGN)
+    w_at = tl.multiple_of(W + (columns.to(tl.int64) * w_stride + first // PER), ALIGN)
+    s_at = SCALES + columns.to(tl.int64) * scales_stride + first // BLOCK
+    along = tl.arange(0, BK)[:, None]
+    x_tile = tl.arange(0, BM)[None, :] * x_stride + along
     sums = tl.zeros([BN, BM], tl.float32)
-    x_at = tl.multiple_of(X, ALIGN) + rows.to(tl.int64)[None, :] * x_stride
-    for start in range(first, last, BK):
-        along = start + tl.arange(0, BK)
-        inside = (rows < height)[None, :] & (along < length)[:, None]
-        x = tl.load(x_at + along[:, None], mask=inside, other=0.0)
+    for start in range(0, left, BK):
+        inside = here[None, :] & (start + along < left)
+        x = tl.load(x_at + start + x_tile, mask=inside, other=0.0)
         w = mx_weight(
-            W, SCALES, start, columns, width, length, w_stride, scales_stride, FORMAT,
-            X.dtype.element_ty, ALIGN, BN, BK,
+            w_at, s_at, start, there, left, w_stride, scales_stride, FORMAT, X.dtype.element_ty,
+            BN, BK,
         )  # fmt: skip
         sums = tl.dot(w, x, sums)
     return sums
@@ -147,9 +154,8 @@ def linear_mx_kernel(
     """X [M, K] of 16 bits, W and SCALES of FORMAT, WHOLE one float32 or None, to OUT [M, N]."""
     length, x_stride, w_stride = length * ALIGN, x_stride * ALIGN, w_stride * ALIGN
     row, column = linear_tile(tl.program_id(0), tl.cdiv(height, BM), tl.cdiv(width, BN), GROUP)
-    rows, columns = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN)
     sums = linear_mx_sums(
-        X, W, SCALES, rows, columns, height, width, 0, length, length, x_stride, w_stride,
+        X, W, SCALES, row * BM, column * BN, height, width, 0, length, x_stride, w_stride,
         scales_stride, FORMAT, ALIGN, BM, BN, BK,
     )  # fmt: skip
     if WHOLE is not None:
@@ -182,16 +188,16 @@ def linear_mx_split_kernel(
 ):
     """Sums over `run` steps of columns for each split: PARTS [splits, M, N], M up to BM."""
     length, x_stride, w_stride = length * ALIGN, x_stride * ALIGN, w_stride * ALIGN
-    rows, columns = tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
-    split = tl.program_id(1)
+    column, split = tl.program_id(0) * BN, tl.program_id(1)
     first = split * run * BK
-    last = tl.minimum(length, first + run * BK)
+    left = tl.minimum(length - first, run * BK)
     sums = linear_mx_sums(
-        X, W, SCALES, rows, columns, height, width, first, last, length, x_stride, w_stride,
+        X, W, SCALES, split * 0, column, height, width, first, left, x_stride, w_stride,
         scales_stride, FORMAT, ALIGN, BM, BN, BK,
     )  # fmt: skip
     if WHOLE is not None:
         sums *= tl.load(WHOLE).to(tl.float32)
+    rows, columns = tl.arange(0, BM), column + tl.arange(0, BN)
     at = (split * height + rows).to(tl.int64)[None, :] * width + columns[:, None]
     inside = (rows[None, :] < height) & (columns[:, None] < width)
     tl.store(PARTS + at, sums, mask=inside)
