@@ -12,7 +12,7 @@ from .ptx_compare import COMPARE
 from .ptx_convert import convert
 from .ptx_copy import copy_async
 from .ptx_errors import Fault, UnsupportedInstruction
-from .ptx_float import FLOAT, FLOATS
+from .ptx_float import FLOAT, FLOATS, is_mixed, mixed
 from .ptx_integer import INTEGER
 from .ptx_mbarrier import MBARRIER
 from .ptx_move import MOVE
@@ -97,6 +97,8 @@ def _builder(instruction: Instruction) -> Builder | None:
     word = instruction.words[0]
     if carries(instruction):
         return carry
+    if word in ("add", "sub", "fma") and is_mixed(instruction):
+        return mixed
     if word in FLOAT and instruction.type in FLOATS:
         return FLOAT[word]
     if word == "cvt":

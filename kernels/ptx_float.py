@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .ptx_errors import Fault, UnsupportedInstruction
 from .ptx_numbers import from_bf16, fused, to_bf16, to_odd
 from .ptx_parse import Instruction
 from .ptx_registers import elements
-from .ptx_state import Builder, Handler, Mask, State, known, packed
+from .ptx_state import Builder, Handler, Mask, State, assign, known, packed
 
 Array = NDArray[Any]
 
@@ -155,19 +154,29 @@ def _in_double(function: np.ufunc) -> Callable[[Array], Array]:
     return lambda x: function(x.astype(np.float64)).astype(x.dtype)
 
 
-def _binary(function: np.ufunc) -> Builder:
-    """add, sub, mul: of mixed types (add.f32.bf16, PTX 8.6) unsupported by their words."""
-    return floating(function)
+def is_mixed(instruction: Instruction) -> bool:
+    """add.f32.f16 and the like (PTX 8.6): halves added to or multiplied into float32."""
+    return instruction.words[-2] == "f32" and instruction.type in ("f16", "bf16")
 
 
-def refuse(instruction: Instruction) -> Fault:
-    return Fault(UnsupportedInstruction, f"{instruction.words[0]} of {instruction.type} is new")
+def mixed(state: State, instruction: Instruction, site: int) -> Handler:
+    """Builder of add, sub and fma of which all operands but the last are halves."""
+    del site
+    known(instruction, "rn", "f32")
+    half = np.float16 if instruction.type == "f16" else np.uint16
+    name, *operands = instruction.operands
+    target = state.registers.target(name, np.float32)
+    halves = [state.registers.source(operand, half) for operand in operands[:-1]]
+    last = state.registers.source(operands[-1], np.float32)
+    function = {"add": np.add, "sub": np.subtract, "fma": _fused}[instruction.words[0]]
+    widen = from_bf16 if half is np.uint16 else lambda value: value.astype(np.float32)
+    return assign(target, lambda: function(*(widen(value) for value in halves), last))
 
 
 FLOAT: Mapping[str, Builder] = {
-    "add": _binary(np.add),
-    "sub": _binary(np.subtract),
-    "mul": _binary(np.multiply),
+    "add": floating(np.add),
+    "sub": floating(np.subtract),
+    "mul": floating(np.multiply),
     "fma": floating(_fused),
     "mad": floating(_fused),
     "div": floating(np.divide),

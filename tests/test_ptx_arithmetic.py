@@ -253,6 +253,17 @@ def test_fused_multiply_add_rounds_once() -> None:
     same(got, (x.double() * y.double() + z.double()).float())
 
 
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+def test_halves_into_float32(kind: str) -> None:
+    dtype = torch.float16 if kind == "f16" else torch.bfloat16
+    x, y = (torch.randn(32, generator=MIXED).to(dtype) for _ in range(2))
+    z = torch.randn(32, generator=MIXED)
+    same(each(f"add.rn.f32.{kind} $0, $1, $2;", [x, z], torch.float32), x.float() + z)
+    same(each(f"sub.f32.{kind} $0, $1, $2;", [x, z], torch.float32), x.float() - z)
+    got = each(f"fma.rn.f32.{kind} $0, $1, $2, $3;", [x, y, z], torch.float32)
+    same(got, (x.double() * y.double() + z.double()).float())
+
+
 def test_f32_pairs() -> None:
     x, y, z = (torch.randn(64, generator=MIXED) for _ in range(3))
     words = [t.view(torch.int64) for t in (x, y, z)]
