@@ -34,7 +34,7 @@ def plan(
     uniform_if_blind: bool = False,
     arch: str = "sm_80",
 ) -> Plan:
-    """`planish::attention` of any sizes; [batch, heads, queries, value head] is the first result."""
+    """`planish::attention` of any sizes; its result is the first of the outputs."""
     queries, keys = q.shape[2], k.shape[2]
     ordered = causal or queries == 1
     if mask is None and ordered and queries <= min(FEW, keys) and keys >= MANY:

@@ -176,7 +176,7 @@ def _small(
 ) -> Callable[[torch.Generator], Arguments]:
     def make(generator: torch.Generator) -> Arguments:
         table = torch.randn(37, length, generator=generator).mul(3)
-        packed = pack(AffineInt(bits, group, symmetric).encode(table))
+        packed = pack(AffineInt(bits, group, symmetric).encode(table.to(dtype)))
         ids = torch.randint(0, 37, (2, 5), generator=generator)
         parts = {"words": packed.words, "scale": packed.scale, "zero": packed.zero}
         rest = {"bits": packed.bits, "group": packed.group, "length": length, "dtype": dtype}

@@ -137,3 +137,15 @@ def test_attention_by_either_kernel(queries: int, keys: int) -> None:
     own = torch.ops.planish.attention(q, k, v, None, sinks, **form)
     allowed = 4 * (own.double() - exact).abs().max() + 2**-22
     assert (made.outputs[0].double() - exact).abs().max() <= allowed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["exact", "int4"])
+def test_a_real_language_model(recipe: str, smollm2_folder: Path, tmp_path: Path) -> None:
+    """All layers of a 135M-parameter model, dense and packed; minutes in the interpreter."""
+    program = optimize(smollm2_folder, recipe=recipe).program
+    ids = torch.randint(0, 49000, (1, 5), generator=torch.Generator().manual_seed(1))
+    named = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    given = {node.name: named[node.name] for node in program.inputs}
+    inputs = program.flatten_inputs((), given)
+    assert_as_good(program, inputs, interpreted(program, inputs, tmp_path))

@@ -279,9 +279,14 @@ def interpreted(*arguments: str) -> None:
 
 
 def test_packages_in_the_interpreter() -> None:
-    interpreted("-k", "random or llama")
+    interpreted("-k", "random or whole_models and llama or either")
 
 
 @pytest.mark.slow
 def test_further_packages_in_the_interpreter() -> None:
-    interpreted("-k", "not random and not llama")
+    interpreted("-k", "not random and not either and not (whole_models and llama)")
+
+
+@pytest.mark.slow
+def test_a_real_language_model_in_the_interpreter() -> None:
+    interpreted("-m", "slow")
