@@ -81,6 +81,7 @@ def fitted(
     if q.dtype == torch.float32 and not (tf32 and arch.startswith("sm_")):
         # No tensor core: every thread holds a square of scores.
         tile, width, warps, cuts = min(tile, 16 if gfx11 else 64), 16 if gfx11 else 32, 8, 0
+        stages = 3 if arch.startswith("sm_") else stages
     elif gfx11 and cuts:
         tile, width, warps, cuts = min(tile, 32), 16, 8, 0
     elif cuts and warps <= 4 and tile > 64 and arch.startswith("sm_"):
