@@ -6,6 +6,7 @@ are written at their pair, so that nothing has to be sorted back. Gale et al. 20
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -126,6 +127,8 @@ def plan(
     }
     constants |= {
         "PRECISION": "ieee",
+        "IN_DIVISOR": math.gcd(inputs, 16),
+        "OUT_DIVISOR": math.gcd(outputs, 16),
         "X_ALIGN": alignment(x),
         "W_ALIGN": alignment(weight),
         "O_ALIGN": alignment(out),

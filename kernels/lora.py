@@ -7,6 +7,7 @@ of them goes through its adapters one after another.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -115,12 +116,18 @@ def plan(
         "b_adapter": b.stride(0),
         "b_column": b.stride(1),
     }
-    of_a = {"RANK": rank, "X_ALIGN": alignment(x), "A_ALIGN": alignment(a)}
+    of_a = {
+        "RANK": rank,
+        "DIVISOR": math.gcd(columns, 16),
+        "X_ALIGN": alignment(x),
+        "A_ALIGN": alignment(a),
+    }
     of_b = {"RANK": rank, "B_ALIGN": alignment(b)}
     if order is None:
         launches = _by_row(shrink, expand, of_a, of_b)
     else:
         shrink["ORDER"] = expand["ORDER"] = order
+        of_b |= {"DIVISOR": math.gcd(y.shape[1], 16)}
         of_b |= {"Y_ALIGN": alignment(y), "O_ALIGN": alignment(out)}
         launches = _by_tile(shrink, expand, of_a, of_b, chosen)
     return Plan((out,), launches)

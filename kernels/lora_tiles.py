@@ -20,6 +20,12 @@ def lora_rows_at(BASE, row, stride, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def lora_multiple(size, DIVISOR: tl.constexpr):
+    """A size that DIVISOR divides, said so that masks against it are known to be even too."""
+    return size // DIVISOR * DIVISOR
+
+
+@triton.jit
 def lora_row_shrink_kernel(
     X,
     A,
@@ -32,6 +38,7 @@ def lora_row_shrink_kernel(
     a_adapter,
     a_rank,
     RANK: tl.constexpr,
+    DIVISOR: tl.constexpr,
     X_ALIGN: tl.constexpr,
     A_ALIGN: tl.constexpr,
     BR: tl.constexpr,
@@ -40,13 +47,14 @@ def lora_row_shrink_kernel(
     """parts[part, row, ranks] = A[adapter of the row] x, over `share` columns."""
     row = tl.program_id(2).to(tl.int64)
     part = tl.program_id(0)
+    share = lora_multiple(share, BK)
     rank = tl.program_id(1) * BR + tl.arange(0, BR)
     adapter = tl.load(ADAPTERS + row).to(tl.int64)
     sums = tl.zeros([BR, BK], tl.float32)
     if adapter >= 0:
         of_rank = lora_rows_at(A + adapter * a_adapter, rank, a_rank, A_ALIGN)
         of_x = tl.multiple_of(X + row * x_row, X_ALIGN)
-        end = min(part * share + share, columns)
+        end = lora_multiple(min(part * share + share, columns), DIVISOR)
         for first in range(part * share, end, BK):
             column = first + tl.arange(0, BK)
             inside = column < end
@@ -117,6 +125,7 @@ def lora_shrink_kernel(
     a_adapter,
     a_rank,
     RANK: tl.constexpr,
+    DIVISOR: tl.constexpr,
     X_ALIGN: tl.constexpr,
     A_ALIGN: tl.constexpr,
     BR: tl.constexpr,
@@ -125,6 +134,7 @@ def lora_shrink_kernel(
 ):
     """parts[part, place, ranks] for the rows at BM places of the order, adapter after adapter."""
     part = tl.program_id(0)
+    share = lora_multiple(share, BK)
     place = tl.program_id(1) * BM + tl.arange(0, BM)
     real = place < rows
     row = tl.load(ORDER + place, mask=real, other=0)
@@ -132,7 +142,7 @@ def lora_shrink_kernel(
     rank = tl.arange(0, BR)
     of_x = lora_rows_at(X, row, x_row, X_ALIGN)
     at = (part.to(tl.int64) * rows + place)[:, None] * RANK + rank[None, :]
-    end = min(part * share + share, columns)
+    end = lora_multiple(min(part * share + share, columns), DIVISOR)
     current = lora_next(adapter, -1)
     while current < (1 << 30):
         mine = adapter == current
@@ -165,6 +175,7 @@ def lora_expand_kernel(
     b_adapter,
     b_column,
     RANK: tl.constexpr,
+    DIVISOR: tl.constexpr,
     Y_ALIGN: tl.constexpr,
     B_ALIGN: tl.constexpr,
     O_ALIGN: tl.constexpr,
@@ -195,7 +206,7 @@ def lora_expand_kernel(
         mine = tl.where((adapter == current)[:, None], low, tl.zeros_like(low))
         sums = tl.dot(mine, tl.trans(b), sums, input_precision="ieee")
         current = lora_next(adapter, current)
-    inside = real[:, None] & (column < columns)[None, :]
+    inside = real[:, None] & (column < lora_multiple(columns, DIVISOR))[None, :]
     y = tl.load(lora_rows_at(Y, row, y_row, Y_ALIGN) + column[None, :], mask=inside, other=0.0)
     out = (sums + y.to(tl.float32)).to(OUT.dtype.element_ty)
     tl.store(lora_rows_at(OUT, row, columns, O_ALIGN) + column[None, :], out, mask=inside)
