@@ -18,8 +18,8 @@ from .ptx_mbarrier import MBARRIER
 from .ptx_move import MOVE
 from .ptx_parse import Instruction
 from .ptx_state import Builder, Handler, State
+from .ptx_tcgen05 import TCGEN05
 from .ptx_tensor_core import TENSOR_CORE
-from .ptx_tensor_memory import TENSOR_MEMORY
 from .ptx_tensormap import TENSORMAP, acquire
 from .ptx_warp import WARP
 from .ptx_warpgroup import WARPGROUP, accumulators, guarded, register_operands
@@ -35,7 +35,7 @@ _TABLES: tuple[Mapping[str, Builder], ...] = (
     ATOMICS,
     MBARRIER,
     TENSORMAP,
-    TENSOR_MEMORY,
+    TCGEN05,
 )
 _FLOW = ("bra", "ret", "exit", "bar", "barrier")
 _ORDER = ("membar", "fence", "griddepcontrol", "nanosleep", "prefetch", "prefetchu", "setmaxnreg")

@@ -168,7 +168,12 @@ def mixed(state: State, instruction: Instruction, site: int) -> Handler:
     target = state.registers.target(name, np.float32)
     halves = [state.registers.source(operand, half) for operand in operands[:-1]]
     last = state.registers.source(operands[-1], np.float32)
-    function = {"add": np.add, "sub": np.subtract, "fma": _fused}[instruction.words[0]]
+    functions: dict[str, Callable[..., Array]] = {
+        "add": np.add,
+        "sub": np.subtract,
+        "fma": _fused,
+    }
+    function = functions[instruction.words[0]]
     widen = from_bf16 if half is np.uint16 else lambda value: value.astype(np.float32)
     return assign(target, lambda: function(*(widen(value) for value in halves), last))
 
