@@ -89,6 +89,7 @@ def fitted(
     # A warpgroup's products are cheapest at 64 keys and more, so that those are cut last.
     least = 64 >> max(0, cuts - 1) if arch.startswith(("sm_9", "sm_10")) else 16
     width = max(min(width, least), width >> cuts)
+    width = min(width, 64) if arch.startswith(_ALONE) else width
     if limit is not None:
         tile, width = min(tile, limit[0]), min(width, limit[1])
     while stages > 1 and _shared(tile, width, stages, q, v, arch) > shared_limit(arch):

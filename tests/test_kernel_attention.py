@@ -203,8 +203,11 @@ def test_every_configuration_fits(arch: str, head: int, dtype: torch.dtype) -> N
     for config in (None, *(config for config in CONFIGS if config.serves(arch))):
         launch = plan(q, q, q, scale=1.0, config=config, arch=arch).launches[0]
         tile, width = launch.constants["BM"], launch.constants["BN"]
-        nbytes = (tile + 2 * launch.num_stages * width) * head * dtype.itemsize
-        assert launch.num_stages == 1 or nbytes <= shared_limit(arch)
+        rows, stages = tile, launch.num_stages
+        if arch.startswith("gfx"):  # queries and one stage of keys are in registers
+            rows, stages = 0, max(1, stages - 1)
+        nbytes = (rows + 2 * stages * width) * head * dtype.itemsize
+        assert nbytes <= shared_limit(arch)
         assert min(tile, width) >= 16
 
 
