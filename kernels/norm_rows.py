@@ -259,6 +259,8 @@ def even_rows(x: Tensor) -> bool:
     """Whether x [..., columns] is a matrix of rows at one stride, columns side by side."""
     if x.dim() == 0 or (x.shape[-1] > 1 and x.stride(-1) != 1):
         return False
+    if x.numel() == 0:
+        return True
     axes = [(n, s) for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n != 1]
     return all(outer == n * stride for (_, outer), (n, stride) in pairwise(axes))
 

@@ -147,3 +147,9 @@ def test_cost_counts_every_byte_once() -> None:
     assert norm.cost(x, weight, None, 1e-5).nbytes == 2 * 80 + 20
     assert norm_added.cost(x, x, weight, None, 1e-5).nbytes == 4 * 80 + 20
     assert norm_quantized.cost(x, None, weight, None, None, 1e-5).nbytes == 80 + 40 + 16 + 20
+
+
+def test_no_rows_are_even_rows() -> None:
+    x = torch.empty(2, 0, 64, dtype=F16)
+    assert norm_added.why_not("sm_80", x, x, None, None, 1e-5) is None
+    assert norm_added.plan(x, x, None, None, 1e-5).launches[0].grid == (0,)
