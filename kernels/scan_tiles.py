@@ -58,6 +58,8 @@ def selective_scan_kernel(
     SOFTPLUS: tl.constexpr,
     BC: tl.constexpr,
     BS: tl.constexpr,
+    A_ALIGN: tl.constexpr,
+    LAST_ALIGN: tl.constexpr,
     UNIFORM: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
@@ -78,7 +80,8 @@ def selective_scan_kernel(
     if UNIFORM:
         group = tl.zeros([1], tl.int64) + tl.program_id(0) * BC // shared
         inside_bc = (state < STATES)[None, :]
-    a = tl.load(A + wide[:, None] * a_channel + state[None, :], mask=inside, other=0.0)
+    of_a = tl.multiple_of(A + wide[:, None] * a_channel, (A_ALIGN, A_ALIGN))
+    a = tl.load(of_a + state[None, :], mask=inside, other=0.0)
     a = a.to(tl.float32) * LOG2E
     h = tl.zeros([BC, BS], tl.float32)
     if START is not None:
@@ -126,5 +129,6 @@ def selective_scan_kernel(
                 y *= z * tl.sigmoid(z)
             out = y.to(Y.dtype.element_ty)
             tl.store(y_at + t * channels, out, mask=real & (t < tokens))
-    at = LAST + (batch * channels + channel)[:, None] * STATES + state[None, :]
+    at = LAST + (batch * channels + channel)[:, None] * STATES
+    at = tl.multiple_of(at, (LAST_ALIGN, LAST_ALIGN)) + state[None, :]
     tl.store(at, h, mask=inside)

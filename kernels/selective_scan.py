@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from .decode_shapes import alignment
 from .launch import Config, Launch, Plan
 from .operator import define
 from .scan_cases import CASES, FORMS
@@ -25,7 +26,7 @@ CONFIGS = (
     Config({"AHEAD": 1}, num_warps=4, num_stages=2),
 )
 _TILE = 1024
-_AHEAD_STATES = 256
+_AHEAD_STATES = 128
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -94,7 +95,8 @@ def plan(
     states = a.shape[1]
     wide = triton.next_power_of_2(states)
     chosen = config or CONFIGS[tokens < CONFIGS[0].constants["AHEAD"]]
-    block = max(1, min(_TILE // wide, triton.next_power_of_2(channels)))
+    # Two at least: the compiler takes no hint about a tile of one element.
+    block = max(2, min(_TILE // wide, triton.next_power_of_2(channels)))
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     last = torch.empty((batch, *a.shape), dtype=torch.float32, device=u.device)
     args: dict[str, Any] = {
@@ -120,7 +122,8 @@ def plan(
         **_strides("c", c, ("batch", "token", "group")),
         **_strides("start", start, ("batch", "channel")),
     }
-    constants = {"STATES": states, "SOFTPLUS": softplus, "BC": block, "BS": wide}
+    constants = {"A_ALIGN": alignment(a), "LAST_ALIGN": alignment(last)}
+    constants |= {"STATES": states, "SOFTPLUS": softplus, "BC": block, "BS": wide}
     constants["UNIFORM"] = b.shape[2] == 1 or (channels // b.shape[2]) % block == 0
     grid = (triton.cdiv(channels, block), batch)
     # As many tokens at a time as there are registers for.
