@@ -15,6 +15,7 @@ from .launch import Config, Launch, Plan
 from .linear_field_kernels import linear_field_kernel, linear_field_split_kernel
 from .linear_problem import LinearProblem
 from .linear_split import reduce_launch, split_count
+from .prologue import Prologue, prologue_arguments, prologue_launches
 
 FEW = 16
 """Rows up to which the summed axis is split."""
@@ -73,15 +74,19 @@ def field_plan(
     precision: str,
     config: Config | None,
     arch: str,
+    prologue: Prologue | None = None,
 ) -> Plan:
+    """A product with a coded weight; prologue: what becomes of x before."""
     bits = weight.bits
     blocks, _, _, run = weight.words.shape
     groups = weight.scale.shape[0]
     fields = 16 if bits == 3 else 16 // bits
     runs = 0 if groups == 1 else weight.group // run
-    align = _aligned(problem.rows)
     together = math.gcd(runs, fields)
     chosen = config or choose(problem.height, problem.width, arch)
+    split = "TILES" not in chosen.constants
+    problem, prologue, before = prologue_launches(problem, prologue, split)
+    align = _aligned(problem.rows)
     chosen = _smaller(chosen, problem.rows.dtype, fields, together, weight.book is not None)
     args = {
         "X": problem.rows,
@@ -111,9 +116,10 @@ def field_plan(
         "PRECISION": precision,
         "ALIGN": align,
     }
-    if "TILES" in chosen.constants:
-        return _tiled(problem, args, fixed, chosen)
-    return _split(problem, args, fixed, chosen)
+    if split:
+        return _split(problem, args, fixed, chosen, prologue)
+    made = _tiled(problem, args, fixed, chosen)
+    return Plan(made.outputs, (*before, *made.launches))
 
 
 def _tiled(
@@ -129,16 +135,21 @@ def _tiled(
 
 
 def _split(
-    problem: LinearProblem, args: dict[str, Any], fixed: dict[str, Any], config: Config
+    problem: LinearProblem,
+    args: dict[str, Any],
+    fixed: dict[str, Any],
+    config: Config,
+    prologue: Prologue | None,
 ) -> Plan:
     columns = triton.cdiv(problem.width, config.constants["BN"])
     splits = split_count(columns, args["blocks"])
     parts = problem.scratch(splits)
+    sources, prepare = prologue_arguments(prologue)
     launch = Launch(
         linear_field_split_kernel,
         (columns, splits if problem.height else 0),
-        {**args, "PARTS": parts, "run": triton.cdiv(args["blocks"], splits)},
-        fixed,
+        {**args, **sources, "PARTS": parts, "run": triton.cdiv(args["blocks"], splits)},
+        {**fixed, **prepare},
     )
     return Plan((problem.out,), (launch.with_config(config), reduce_launch(problem, parts)))
 
@@ -153,7 +164,7 @@ def _smaller(
     if dtype == torch.float32 or fields > 4:
         tile["BM"], stages = min(tile["BM"], 32), 2
     if gathers:
-        tile["BM"] = min(tile["BM"], 8 * config.num_warps)
+        tile["BM"] = min(tile["BM"], 32)
     return replace(config, constants=tile, num_stages=stages)
 
 

@@ -171,7 +171,8 @@ def linear_sparse24_split_kernel(
 
 
 CONFIGS = (
-    Config({"BM": 64, "BN": 64, "TILES": 8}, 4, 2),
+    Config({"BM": 64, "BN": 64, "TILES": 8}, 4, 2, ("sm_9", "sm_10", "gfx9")),
+    Config({"BM": 32, "BN": 64, "TILES": 8}, 4, 2, ("sm_8", "sm_12", "gfx1")),
     Config({"BM": 16, "BN": 64}, 4, 3, ("sm_",)),
     Config({"BM": 16, "BN": 64}, 4, 2, ("gfx",)),
 )
