@@ -28,6 +28,7 @@ from .linear_problem import (
     linear_problem,
     linear_twin,
     nbytes,
+    off_16_bytes,
     why_not_linear,
 )
 from .operator import define
@@ -203,6 +204,8 @@ def why_not(
         return f"its tables have the shape {list(table.shape)}"
     if (scale_table is None) == (scale.dtype == torch.uint8):
         return f"its scales are {scale.dtype}"
+    if off_16_bytes(words):
+        return "its words do not start on 16 bytes"
     if precision not in PRECISIONS:
         return f"there is no precision {precision}"
     return why_not_linear(x, width, length, (bias, gate, residual), activation)

@@ -29,9 +29,11 @@ from .linear_problem import (
     linear_problem,
     linear_twin,
     nbytes,
+    off_16_bytes,
     why_not_linear,
 )
 from .operator import define
+from .prologue import Prologue
 from .spec import Cost
 from .triton_spec import TritonSpec
 
@@ -144,13 +146,17 @@ def plan(
     arch: str = "sm_80",
     finish: Any = standard,
     operands: Sequence[Tensor | None] | None = None,
+    prologue: Prologue | None = None,
 ) -> Plan:
-    """x [..., K] and the fields of `PackedInt`; the result is contiguous."""
+    """x [..., K] and the fields of `PackedInt`; the result is contiguous.
+
+    prologue: what becomes of x before the product.
+    """
     problem = linear_problem(
         x, words.shape[2], (bias, gate, residual), activation, finish, operands
     )
     weight = CodedWeight(words, scale, bits, group, zero, centre=1 << (bits - 1))
-    return field_plan(problem, weight, precision, config, arch)
+    return field_plan(problem, weight, precision, config, arch, prologue)
 
 
 def why_not(
@@ -174,7 +180,7 @@ def why_not(
     planes = (layout.blocks(length), layout.planes)
     if words.dtype != torch.int16 or words.shape[:2] != planes or not words.is_contiguous():
         return f"its words are {words.dtype} {list(words.shape)} for {length} columns"
-    if not words.is_meta and words.data_ptr() % 16:
+    if off_16_bytes(words):
         return "its words do not start on 16 bytes"
     if group < length and group % words.shape[-1]:
         return f"its groups of {group} are no multiple of the layout's runs"

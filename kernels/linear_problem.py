@@ -151,3 +151,8 @@ def linear_cost(
 def nbytes(*tensors: Tensor | None) -> int:
     """Bytes of the elements, also on the meta device."""
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def off_16_bytes(*tensors: Tensor) -> bool:
+    """Whether one starts where wide loads, which a kernel states to be possible, are not."""
+    return any(not t.is_meta and t.data_ptr() % 16 != 0 for t in tensors)

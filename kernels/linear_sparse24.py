@@ -28,6 +28,7 @@ from .linear_problem import (
     linear_problem,
     linear_twin,
     nbytes,
+    off_16_bytes,
     why_not_linear,
 )
 from .linear_sparse24_cases import CASES, FORMS
@@ -282,6 +283,8 @@ def why_not(
         return f"its values are {values.dtype} {list(values.shape)} for {length} columns"
     if places.dtype != torch.int16 or places.shape != (tiles // 4, 1, width, run):
         return f"its places are {places.dtype} {list(places.shape)}"
+    if off_16_bytes(values, places):
+        return "its values or places do not start on 16 bytes"
     if precision not in PRECISIONS:
         return f"there is no precision {precision}"
     return why_not_linear(x, width, length, (bias, gate, residual), activation)

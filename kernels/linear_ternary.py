@@ -29,6 +29,7 @@ from .linear_problem import (
     linear_problem,
     linear_twin,
     nbytes,
+    off_16_bytes,
     why_not_linear,
 )
 from .linear_split import reduce_launch, split_count
@@ -181,6 +182,8 @@ def why_not(
         return f"the scales of its tokens have the shape {list(x_scale.shape)}"
     if x_scale is not None and length * 127 >= 1 << 31:
         return "its sums would pass the largest 32-bit integer"
+    if off_16_bytes(words):
+        return "its words do not start on 16 bytes"
     if precision not in PRECISIONS:
         return f"there is no precision {precision}"
     dtypes = FLOATS if x_scale is None else (torch.int8,)

@@ -68,3 +68,10 @@ def test_less_is_read_than_of_a_dense_weight() -> None:
 )
 def test_what_it_cannot_take(changed: dict[str, Any], reason: str | None) -> None:
     assert why_not("sm_80", **{**arguments(), **changed}) == reason
+
+
+def test_places_off_16_bytes_are_refused() -> None:
+    args = arguments()
+    held = torch.zeros(args["places"].numel() + 1, dtype=torch.int16)
+    args["places"] = held[1:].view(args["places"].shape)
+    assert why_not("sm_80", **args) == "its values or places do not start on 16 bytes"
