@@ -83,7 +83,10 @@ def fitted(
         tile, width, warps, cuts = min(tile, 16 if gfx11 else 64), 16 if gfx11 else 32, 8, 0
         stages = 3 if arch.startswith("sm_") else stages
     elif gfx11 and cuts:
-        tile, width, warps, cuts = min(tile, 32), 16, 8, 0
+        # bfloat16 takes registers for its conversions, and these tiles have none to spare.
+        small = q.dtype == torch.bfloat16 and channels >= 256
+        tile, width, cuts = min(tile, 16 if small else 32), 16, 0
+        warps = 4 if small else 8
     elif cuts and warps <= 4 and tile > 64 and arch.startswith("sm_"):
         tile, cuts = tile // 2, cuts - 1
     # A warpgroup's products are cheapest at 64 keys and more, so that those are cut last.
