@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..ir.edit import same_size
 from ..ir.program import Node
-from .region import nbytes
+from .region import Region, nbytes
 from .row_space import Space, form_of, is_one, space_of
 from .triton_expressions import DTYPES, HANDLERS, POINTWISE, ROW_WISE, Call, Unfusible
 
@@ -213,6 +214,39 @@ def _operands(user: Node, value: Node) -> int | None:
 
 def _lies_before(node: Node, other: Node) -> bool:
     return node.op != "call_function" or node < other
+
+
+MOST_SOURCES = 2
+"""Tensors that a prologue reads beside the first."""
+
+
+def may_prepare(region: Region) -> bool:
+    """Whether a region can be the prologue of a matmul: every value from those at its place.
+
+    The first input gives the product its rows and its dtype; the others have the same rows, or are
+    one row for all.
+    """
+    if len(region.results) != 1 or not 1 <= len(region.inputs) <= 1 + MOST_SOURCES:
+        return False
+    made = region.results[0].meta["val"]
+    first = region.inputs[0].meta.get("val")
+    if not isinstance(first, Tensor) or first.dim() != made.dim() or first.dtype != made.dtype:
+        return False
+    if not all(map(same_size, first.shape, made.shape)):
+        return False
+    if any(node.target not in POINTWISE for node in region.operations):
+        return False
+    if any(space_of(n.meta["val"]) != space_of(made) for n in region.operations):
+        return False
+    return all(_is_source(node.meta.get("val"), made) for node in region.inputs[1:])
+
+
+def _is_source(given: object, made: Tensor) -> bool:
+    if not isinstance(given, Tensor) or not given.is_floating_point() or given.dim() < 1:
+        return False
+    if not same_size(given.shape[-1], made.shape[-1]) or is_one(made.shape[-1]):
+        return False
+    return given.dim() == 1 or form_of(given, made.shape) == "rows"
 
 
 def saved_bytes(members: list[Node]) -> Any:

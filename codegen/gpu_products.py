@@ -13,7 +13,7 @@ from ..ir.pattern import bound_arguments
 from ..ir.program import Node
 from ..ir.weights import Derived
 from ..kernels.catalog import triton_kernels
-from .find_regions import find_epilogue, keeps_rows
+from .find_regions import find_epilogue, keeps_rows, may_prepare
 from .gpu_calls import Calls
 from .gpu_weights import packed_arguments
 from .kernel_call import KernelCall
@@ -168,3 +168,29 @@ def _sums_first(region: Region, product: Node) -> Region:
         head.prepend(first)
     region.inputs = [product, *(n for n in region.inputs if n is not product)]
     return region
+
+
+PREPARED = ("linear_dense", "linear_int")
+"""Kernels that take a prologue."""
+
+
+def fuse_prologues(calls: Calls) -> list[Region]:
+    """Give the linear kernels the regions that only make their x; returns these.
+
+    A kernel applies one where it has few rows; elsewhere its plan launches the region first.
+    """
+    found: list[Region] = []
+    for node in list(calls.editor.graph.nodes):
+        call = node.target
+        if not isinstance(call, KernelCall) or call.spec.name not in PREPARED:
+            continue
+        made: Node = node.kwargs["x"]  # type: ignore[assignment]
+        region = made.target
+        if isinstance(region, Region) and len(made.users) == 1 and may_prepare(region):
+            first, *rest = region.inputs
+            arguments = {**node.kwargs, "x": first, "sources": tuple(rest)}
+            node.target = KernelCall(call.spec, call.epilogue, region)
+            node.kwargs = arguments
+            calls.editor.graph.erase_node(made)
+            found.append(region)
+    return found

@@ -13,7 +13,7 @@ from ..ir.text import value_names
 from .find_regions import find_regions, saved_bytes
 from .gpu_attention import lower_attentions, lower_rotaries
 from .gpu_calls import Calls
-from .gpu_products import fuse_epilogues, lower_products, lower_tables
+from .gpu_products import fuse_epilogues, fuse_prologues, lower_products, lower_tables
 from .kernel_call import KernelCall
 from .region import Region, cut_region, put_region
 
@@ -55,6 +55,7 @@ def lower_for_triton(program: Program, archs: Sequence[str] = ("sm_80",)) -> Tri
         result.saved[region] = saved_bytes(members)
         put_region(region, lowered.graph)
         result.regions.append(region)
+    fuse_prologues(calls)
     sort_nodes(lowered.graph)
     lowered.graph.lint()
     return result

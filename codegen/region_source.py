@@ -250,3 +250,25 @@ def epilogue_source(region: Region) -> Source:
     words = "_".join(dict.fromkeys(operation_word(n) for n in region.operations))
     text = _EPILOGUE + "".join(f"    {line}\n" for line in lines)
     return Source(text, words, _space(region))
+
+
+_PROLOGUE = '''@triton.jit
+def {name}(x0, rows, along, inside, P1, P1_row, P2, P2_row):
+    """{provenance}"""
+'''
+
+
+def prologue_source(region: Region) -> Source:
+    """A region as the prologue of a matmul: its first input is the tile that was loaded."""
+    names: dict[fx.Node, str] = {}
+    lines: list[str] = []
+    for place, placeholder in enumerate(region.placeholders):
+        names[placeholder] = f"x{place}"
+        if place:
+            lines.append(f"x{place} = prologue_source(P{place}, P{place}_row, rows, along, inside)")
+    for node in region.operations:
+        write_operation(node, names, lines.append, "columns")
+    lines.append(f"return {names[region.inner[region.results[0]]]}")
+    words = "_".join(dict.fromkeys(operation_word(n) for n in region.operations))
+    text = _PROLOGUE + "".join(f"    {line}\n" for line in lines)
+    return Source(text, f"prepare_{words}", _space(region))

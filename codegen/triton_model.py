@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..ir.text import value_names
 from .kernel_call import KernelCall
 from .region import Region
 from .region import _getitem as getitem
-from .region_source import Source, epilogue_source, region_source
+from .region_source import Source, epilogue_source, prologue_source, region_source
 from .row_space import expression
 
 _FUNCTION_NAMES = {function: name for name, function in FUNCTIONS.items()}
@@ -53,6 +54,12 @@ class _Generated:
     name: str
     source: Source
     origins: list[str] = field(default_factory=list[str])
+
+    @property
+    def imported(self) -> str:
+        """What model.py uses: of a kernel of its own the plan, else the function."""
+        planned = "{name}_plan(" in self.source.text
+        return f"{self.name}_plan" if planned else self.name
 
 
 class _Writer:
@@ -162,14 +169,17 @@ class _Writer:
         return self.roots.setdefault((module, name), alias)
 
     def _region(self, node: Node, region: Region) -> str:
+        return f"run({self._region_plan(node, region, node.args)})"
+
+    def _region_plan(self, node: Node, region: Region, inputs: Sequence[Any]) -> str:
         source = region_source(region)
         made = self._define(source, region)
         leads = ["None" if lead is None else self._shape(lead, node) for lead in source.leads]
         shapes = [self._shape(result.meta["val"].shape, node) for result in region.results]
         sizes = [self._expression(source.space.rows), self._expression(source.space.columns)]
-        arguments = [self._text(value) for value in node.args]
+        arguments = [self._text(value) for value in inputs]
         arguments += [_tuple(shapes), _tuple(leads), *sizes]
-        return f"run({made.name}_plan({', '.join(arguments)}))"
+        return f"{made.name}_plan({', '.join(arguments)})"
 
     def _expression(self, found: Any) -> str:
         if isinstance(found, int):
@@ -183,13 +193,19 @@ class _Writer:
         planner = call.planner or call.spec.plan.__module__
         alias = self._root(planner, "plan", f"{planner.rpartition('.')[2]}_plan")
         given: dict[str, Any] = dict(node.kwargs)
-        operands = given.pop("operands", ())
+        operands, sources = given.pop("operands", ()), given.pop("sources", ())
         arguments = [f"{key}={self._text(value)}" for key, value in given.items()]
         if call.epilogue is not None:
             made = self._define(epilogue_source(call.epilogue), call.epilogue)
             bias = self._text(given.get("bias"))
             arguments.append(f"finish={made.name}")
             arguments.append(f"operands={_tuple([bias, *(self._text(o) for o in operands)])}")
+        if call.prologue is not None:
+            made = self._define(prologue_source(call.prologue), call.prologue)
+            separate = self._region_plan(node, call.prologue, [given["x"], *sources])
+            prologue = self._root("planish.kernels.prologue", "Prologue", "Prologue")
+            read = _tuple([self._text(source) for source in sources])
+            arguments.append(f"prologue={prologue}({made.name}, {read}, lambda: {separate})")
         return f"run({alias}({', '.join([*arguments, 'arch=arch'])}))"
 
     def _define(self, source: Source, region: Region) -> _Generated:
@@ -223,20 +239,15 @@ class _Writer:
         names = [node.name for node in self.program.inputs]
         head = ["from __future__ import annotations", "", "import math", "import operator", ""]
         head += ["import torch", ""]
-        used = sorted(made.name for made in self.generated.values())
+        used = sorted(made.imported for made in self.generated.values())
         for made in used:
-            suffix = "" if self._is_epilogue(made) else "_plan"
-            head.append(f"from .generated import {made}{suffix}")
+            head.append(f"from .generated import {made}")
         for (module, name), alias in self.roots.items():
             head.append(f"from .kernels.{package_file(module)} import {name} as {alias}")
         arguments = ", ".join(["run", "w", "device", "arch", *names])
         doc = '"""The model, operation by operation. run: makes the launches of a plan."""\n'
         body = [f"    {line}" for line in self.lines]
         return "\n".join([doc, *head, "", "", f"def forward({arguments}):", *body, ""])
-
-    def _is_epilogue(self, name: str) -> bool:
-        return any(m.name == name and "rows, columns, inside" in m.source.text.split(":", 1)[0]
-                   for m in self.generated.values())  # fmt: skip
 
     def _kernels(self) -> str:
         head = [
@@ -249,6 +260,7 @@ class _Writer:
             "from .kernels.epilogue import operand",
             "from .kernels.launch import Launch, Plan",
             "from .kernels.operand_views import as_rows, as_vector",
+            "from .kernels.prologue import prologue_source",
         ]
         parts = [
             made.source.named(made.name, _provenance(made)) for made in self.generated.values()
@@ -285,5 +297,6 @@ GENERATED_ROOTS = (
     ("planish.kernels.launch", "Plan"),
     ("planish.kernels.operand_views", "as_rows"),
     ("planish.kernels.operand_views", "as_vector"),
+    ("planish.kernels.prologue", "prologue_source"),
 )
 """What every generated.py imports."""

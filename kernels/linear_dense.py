@@ -33,6 +33,7 @@ from .linear_problem import (
 from .linear_split import reduce_launch, split_count
 from .linear_tiles import linear_store_tile, linear_tile
 from .operator import define
+from .prologue import Prologue, prologue_applied, prologue_arguments, prologue_launches
 from .spec import Cost
 from .triton_spec import TritonSpec
 
@@ -103,6 +104,11 @@ def linear_dense_split_kernel(
     x_stride,
     w_stride,
     run,
+    P1,
+    P1_row,
+    P2,
+    P2_row,
+    PREPARE: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
     BM: tl.constexpr,
@@ -125,7 +131,10 @@ def linear_dense_split_kernel(
     left = tl.minimum(length - split * run, run)
     for start in range(0, left, BK):
         here = (start + along < left)[None, :]
-        x = tl.load(x_at + start + x_tile, mask=(rows < height)[:, None] & here, other=0.0)
+        inside = (rows < height)[:, None] & here
+        x = tl.load(x_at + start + x_tile, mask=inside, other=0.0)
+        at = split * run + start + along
+        x = prologue_applied(x, rows, at, inside, P1, P1_row, P2, P2_row, PREPARE)
         w = tl.load(w_at + start + w_tile, mask=(columns < width)[:, None] & here, other=0.0)
         sums = tl.dot(w, x.T, sums, input_precision=PRECISION)
     at = (split * height + rows).to(tl.int64)[None, :] * width + columns[:, None]
@@ -188,12 +197,18 @@ def plan(
     arch: str = "sm_80",
     finish: Any = standard,
     operands: Sequence[Tensor | None] | None = None,
+    prologue: Prologue | None = None,
 ) -> Plan:
-    """x [..., K], weight [N, K] with columns side by side; the result is contiguous."""
+    """x [..., K], weight [N, K] with columns side by side; the result is contiguous.
+
+    prologue: what becomes of x before the product.
+    """
     problem = linear_problem(
         x, weight.shape[0], (bias, gate, residual), activation, finish, operands
     )
     chosen = config or choose(problem.height, problem.width, arch)
+    split = "GROUP" not in chosen.constants
+    problem, prologue, before = prologue_launches(problem, prologue, split)
     align = _aligned(problem.rows, weight)
     short = _shorter(x.dtype, precision, align)
     tile = {**chosen.constants, "BK": max(16, chosen.constants["BK"] // short)}
@@ -207,8 +222,11 @@ def plan(
         "w_stride": weight.stride(0) // align,
     }
     fixed = {"PRECISION": precision, "ALIGN": align}
-    make = _tiled if "GROUP" in tile else _split
-    return make(problem, args, fixed, replace(chosen, constants=tile))
+    chosen = replace(chosen, constants=tile)
+    if split:
+        return _split(problem, args, fixed, chosen, prologue)
+    made = _tiled(problem, args, fixed, chosen)
+    return Plan(made.outputs, (*before, *made.launches))
 
 
 def _shorter(dtype: torch.dtype, precision: str, align: int) -> int:
@@ -242,18 +260,23 @@ def _tiled(
 
 
 def _split(
-    problem: LinearProblem, args: dict[str, Any], fixed: dict[str, Any], config: Config
+    problem: LinearProblem,
+    args: dict[str, Any],
+    fixed: dict[str, Any],
+    config: Config,
+    prologue: Prologue | None,
 ) -> Plan:
     tile = config.constants
     columns = triton.cdiv(problem.width, tile["BN"])
     blocks = triton.cdiv(problem.length, tile["BK"])
     splits = split_count(columns, blocks)
     parts = problem.scratch(splits)
+    sources, prepare = prologue_arguments(prologue)
     launch = Launch(
         linear_dense_split_kernel,
         (columns, splits if problem.height else 0),
-        {**args, "PARTS": parts, "run": triton.cdiv(blocks, splits)},
-        fixed,
+        {**args, **sources, "PARTS": parts, "run": triton.cdiv(blocks, splits)},
+        {**fixed, **prepare},
     )
     return Plan((problem.out,), (launch.with_config(config), reduce_launch(problem, parts)))
 

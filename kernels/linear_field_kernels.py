@@ -63,8 +63,8 @@ def linear_field_kernel(
     row, column = linear_tile(tl.program_id(0), tl.cdiv(height, BM), tl.cdiv(width, BN), TILES)
     sums = linear_field_sums(
         X, WORDS, SCALE, ZERO, BOOK, SCALE_BOOK, SECOND, OFFSET, row * BM, column * BN, height,
-        width, length, x_stride, groups, 0, blocks, BITS, RUN, FIELDS, TOGETHER, GROUP, CENTRE,
-        BOOKS, EVERY, PRECISION, ALIGN, BM, BN,
+        width, length, x_stride, groups, 0, blocks, None, 0, None, 0, None, BITS, RUN, FIELDS,
+        TOGETHER, GROUP, CENTRE, BOOKS, EVERY, PRECISION, ALIGN, BM, BN,
     )  # fmt: skip
     linear_store_tile(
         OUT, sums.T, row * BM, column * BN, height, width, E0, E0_row, E0_col, E1, E1_row, E1_col,
@@ -90,6 +90,11 @@ def linear_field_split_kernel(
     groups,
     blocks,
     run,
+    P1,
+    P1_row,
+    P2,
+    P2_row,
+    PREPARE: tl.constexpr,
     BITS: tl.constexpr,
     RUN: tl.constexpr,
     FIELDS: tl.constexpr,
@@ -107,8 +112,9 @@ def linear_field_split_kernel(
     column, split = tl.program_id(0) * BN, tl.program_id(1)
     sums = linear_field_sums(
         X, WORDS, SCALE, ZERO, BOOK, SCALE_BOOK, SECOND, OFFSET, split * 0, column, height, width,
-        length, x_stride, groups, split * run, tl.minimum(split * run + run, blocks), BITS, RUN,
-        FIELDS, TOGETHER, GROUP, CENTRE, BOOKS, EVERY, PRECISION, ALIGN, BM, BN,
+        length, x_stride, groups, split * run, tl.minimum(split * run + run, blocks), P1, P1_row,
+        P2, P2_row, PREPARE, BITS, RUN, FIELDS, TOGETHER, GROUP, CENTRE, BOOKS, EVERY, PRECISION,
+        ALIGN, BM, BN,
     )  # fmt: skip
     rows, columns = tl.arange(0, BM), column + tl.arange(0, BN)
     at = (split * height + rows).to(tl.int64)[None, :] * width + columns[:, None]

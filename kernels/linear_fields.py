@@ -17,6 +17,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .prologue import prologue_applied
+
 
 @triton.jit
 def linear_field_words(first, second, third, FIELD: tl.constexpr, BITS: tl.constexpr):
@@ -116,6 +118,11 @@ def linear_field_sums(
     groups,
     start,
     stop,
+    P1,
+    P1_row,
+    P2,
+    P2_row,
+    PREPARE,
     BITS: tl.constexpr,
     RUN: tl.constexpr,
     FIELDS: tl.constexpr,
@@ -169,6 +176,7 @@ def linear_field_sums(
                 k = (block * FIELDS + chunk * TOGETHER + member) * RUN
                 inside = high & (k + along < length)[None, :]
                 x = tl.load(tl.multiple_of(x_at + k, 2 * ALIGN) + x_tile, mask=inside, other=0.0)
+                x = prologue_applied(x, rows, k + along, inside, P1, P1_row, P2, P2_row, PREPARE)
                 if BOOK is None:
                     w = linear_field_value(
                         one, two, three, zero, chunk * TOGETHER + member, BITS, DTYPE

@@ -15,6 +15,7 @@ import zoo
 from hypothesis import given, settings
 from planish import optimize
 from planish.codegen import package_runner
+from planish.codegen.kernel_call import KernelCall
 from planish.codegen.lower_triton import lower_for_triton
 from planish.codegen.triton import WEIGHTS, write_sources, write_weights
 from planish.codegen.triton_model import model_source
@@ -29,15 +30,23 @@ EAGER = {"gemma2", "gpt_oss", "bloom"}
 WHOLE = ("llama", "gemma2", "bert", "gpt2", "t5")
 
 
-def interpreted(program: Program, inputs: list[Any], folder: Path) -> list[Tensor]:
-    """The generated package's results, every address checked."""
+def interpreted(
+    program: Program, inputs: list[Any], folder: Path, launched: list[str] | None = None
+) -> list[Tensor]:
+    """The generated package's results, every address checked; names of launches are appended."""
     lowering = lower_for_triton(program)
     modules = write_sources(model_source(lowering.program), folder)
     write_weights(lowering.program, folder / WEIGHTS)
     forward = package_runner._import(folder, modules).forward
     weights = package_runner.read_weights(folder / WEIGHTS, CPU)
+
+    def made(plan: Any) -> Any:
+        if launched is not None:
+            launched.extend(launch.name for launch in plan.launches)
+        return plan.run()
+
     with repair(), torch.no_grad():
-        return forward(lambda plan: plan.run(), weights, CPU, "sm_80", *inputs)
+        return forward(made, weights, CPU, "sm_80", *inputs)
 
 
 def assert_as_good(program: Program, inputs: list[Any], got: list[Tensor]) -> None:
@@ -117,6 +126,23 @@ def test_a_decoder_with_its_cache(tmp_path: Path) -> None:
     assert_as_good(program, prefill, got)
     decode = [ids[:, 8:], *got[1:]]
     assert_as_good(program, decode, interpreted(program, decode, second))
+
+
+@pytest.mark.parametrize("length", [7, 30])
+@pytest.mark.parametrize("recipe", ["exact", "int4"])
+def test_a_prologue_for_few_rows_and_for_many(recipe: str, length: int, tmp_path: Path) -> None:
+    """Few rows: the gate is computed as x is loaded; many: by a launch before the product."""
+    sample = zoo.build("llama")
+    options = {} if recipe == "exact" else {"quantize_weights.remainder": "short"}
+    ids = sample.other_inputs(batch=1, length=length)["input_ids"]
+    program = optimize(sample.model, (ids,), recipe=recipe, options=options).program
+    lowering = lower_for_triton(program)
+    targets = [node.target for node in lowering.program.graph.nodes]
+    assert sum(isinstance(t, KernelCall) and t.prologue is not None for t in targets) == 2
+    launched: list[str] = []
+    got = interpreted(program, [ids], tmp_path, launched)
+    assert any("gated" in name for name in launched) == (length > 16)
+    assert_as_good(program, [ids], got)
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(1, 600), (3, 515), (16, 512), (17, 600), (2, 40)])

@@ -183,6 +183,34 @@ def test_an_epilogue_keeps_the_dtype() -> None:
     assert calls[0].epilogue is None
 
 
+def gated_product(use_twice: bool = False, row_wise: bool = False) -> Program:
+    def body(gate: Node, up: Node, weight: Node) -> Any:
+        made = op.softmax.int(gate, -1) if row_wise else op.mul(op.silu(gate), up)
+        product = op.linear(made, weight)
+        return (product, made) if use_twice else product
+
+    inputs = {"gate": values(4, 3, WIDE), "up": values(4, 3, WIDE, seed=4)}
+    return build.program(body, inputs, {"w": values(NARROW, WIDE)})
+
+
+def test_what_only_a_matmul_reads_is_made_as_it_is_loaded() -> None:
+    calls, regions = lowered(gated_product())
+    assert calls[0].prologue is not None and len(calls[0].prologue.operations) == 2
+    assert regions == []
+
+
+def test_what_others_read_too_is_made_once() -> None:
+    calls, regions = lowered(gated_product(use_twice=True))
+    assert calls[0].prologue is None
+    assert len(regions) == 1
+
+
+def test_a_row_operation_is_no_prologue() -> None:
+    calls, regions = lowered(gated_product(row_wise=True))
+    assert calls[0].prologue is None
+    assert len(regions) == 1
+
+
 @settings(max_examples=60, deadline=None)
 @given(made=random_programs.steps())
 def test_lowered_programs_compute_the_same(made: Any) -> None:
