@@ -1,7 +1,9 @@
 """Matmul tiles of bytes: int8 codes with int32 sums, or fp8 with float32 ones; scales at the end.
 
 The sums' type follows from the operands'. An fp8 tensor core of Hopper keeps only some 14 bits
-while it adds, so the sums of a step go to float32 registers (DeepSeek-AI 2024, sec. 3.3.2).
+while it adds, so the sums of a step go to float32 registers (DeepSeek-AI 2024, sec. 3.3.2): by an
+addition here, since the one that tl.dot makes of max_num_imprecise_acc does not wait for the
+matrix instruction whose result it reads.
 """
 # pyright: reportMissingParameterType=false
 
@@ -19,11 +21,11 @@ def linear_bytes_zeros(X, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def linear_bytes_dot(a, b, sums, STEP: tl.constexpr):
+def linear_bytes_dot(a, b, sums):
     if a.dtype == tl.int8:
         sums = tl.dot(a, b, sums, out_dtype=tl.int32)
     else:
-        sums = tl.dot(a, b, sums, max_num_imprecise_acc=STEP)
+        sums += tl.dot(a, b)
     return sums
 
 
@@ -103,7 +105,7 @@ def linear_bytes_kernel(
         here = (start + along < length)[None, :]
         x = tl.load(x_at + start + x_tile, mask=(rows < height)[:, None] & here, other=0.0)
         w = tl.load(w_at + start + w_tile, mask=(columns < width)[:, None] & here, other=0.0)
-        sums = linear_bytes_dot(x, w.T, sums, BK)
+        sums = linear_bytes_dot(x, w.T, sums)
     scaled = linear_bytes_scaled(
         sums, rows, columns, height, width, X_SCALE, x_scale_step, X_ZERO, x_zero_step,
         W_SCALE, w_scale_step, W_SUMS,
@@ -151,7 +153,7 @@ def linear_bytes_split_kernel(
         here = (start + along < left)[None, :]
         x = tl.load(x_at + start + x_tile, mask=(rows < height)[:, None] & here, other=0.0)
         w = tl.load(w_at + start + w_tile, mask=(columns < width)[:, None] & here, other=0.0)
-        sums = linear_bytes_dot(w, x.T, sums, BK)
+        sums = linear_bytes_dot(w, x.T, sums)
     at = (split * height + rows).to(tl.int64)[None, :] * width + columns[:, None]
     inside = (rows[None, :] < height) & (columns[:, None] < width)
     tl.store(PARTS + at, sums, mask=inside)

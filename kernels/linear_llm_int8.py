@@ -118,7 +118,7 @@ def linear_llm_int8_kernel(
         here = (start + along < length)[None, :]
         x = tl.load(x_at + start + x_tile, mask=(rows < height)[:, None] & here, other=0.0)
         w = tl.load(w_at + start + w_tile, mask=(columns < width)[:, None] & here, other=0.0)
-        sums = linear_bytes_dot(x, w.T, sums, BK)
+        sums = linear_bytes_dot(x, w.T, sums)
     scaled = linear_bytes_scaled(
         sums, rows, columns, height, width, X_SCALE, 1, None, 0, W_SCALE, 1, None
     )
