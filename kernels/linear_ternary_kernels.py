@@ -38,7 +38,7 @@ def linear_ternary_sums(
     length, x_stride = length * ALIGN, x_stride * ALIGN
     rows, columns, along = row + tl.arange(0, BM), column + tl.arange(0, BN), tl.arange(0, RUN)
     high, wide = rows < height, columns < width
-    plane = width.to(tl.int64) * RUN
+    plane = tl.cast(width, tl.int64) * RUN
     w_at = WORDS + column.to(tl.int64) * RUN
     w_tile = tl.arange(0, BN)[:, None] * RUN + along[None, :]
     x_at = X + row.to(tl.int64) * x_stride
