@@ -17,7 +17,8 @@ from ..ir.edit import same_size
 from ..ir.program import Node
 from .region import Region, nbytes
 from .row_space import Space, form_of, is_one, space_of
-from .triton_expressions import DTYPES, HANDLERS, POINTWISE, ROW_WISE, Call, Unfusible
+from .triton_expressions import DTYPES, Call, Unfusible
+from .triton_operations import HANDLERS, POINTWISE, ROW_WISE
 
 MOST_COLUMNS = 16384
 """The longest row that a kernel holds at once."""

@@ -14,7 +14,8 @@ from torch import Tensor, fx
 from .find_regions import space_in
 from .region import Region
 from .row_space import Space, broadcast_axes, form_of, is_one
-from .triton_expressions import HALVES, HANDLERS, ROW_WISE, Call, compute_dtype
+from .triton_expressions import HALVES, Call, compute_dtype
+from .triton_operations import HANDLERS, ROW_WISE
 
 _TILE = 1024  # values of a tile without row operations
 _ROW_TILE = 4096  # values of a tile of whole rows
