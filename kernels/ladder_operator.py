@@ -22,6 +22,7 @@ RUNG = 0
 _CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 """Of torch.library.opcheck; the fourth asks for a gradient, which these operators do not have."""
 
+_NARROW = (torch.float8_e4m3fn, torch.float8_e5m2)
 _SAMPLES = 3
 
 
@@ -87,12 +88,15 @@ def _registered(spec: TritonSpec) -> Any:
 
 def _opcheck(operator: Any, case: Case) -> Found:
     arguments = dict(arguments_of(case))
+    narrow = any(isinstance(v, Tensor) and v.dtype in _NARROW for v in arguments.values())
+    checks = _CHECKS[1:] if narrow else _CHECKS
     results: Mapping[str, str] = torch.library.opcheck(
-        operator, (), arguments, test_utils=_CHECKS, raise_exception=False
+        operator, (), arguments, test_utils=checks, raise_exception=False
     )
     failed = [f"{name}: {text}" for name, text in results.items() if text != "SUCCESS"]
     sentence = " ".join("; ".join(failed).split())[:400]
-    return Judgement(not failed, sentence or ", ".join(results)), {}
+    left = ", without test_schema, which cannot compare fp8 on the CPU" if narrow else ""
+    return Judgement(not failed, sentence or ", ".join(results) + left), {}
 
 
 def _exported(operator: Any, case: Case) -> Found:
