@@ -40,7 +40,13 @@ def gated_kernel(
     tl.store(OUT + row * out_stride + at, out.to(OUT.dtype.element_ty), mask=inside)
 
 
-CONFIGS = (Config({"BLOCK": 1024}), Config({"BLOCK": 2048}, num_warps=8))
+CONFIGS = (
+    Config({"BLOCK": 1024}, num_warps=4, archs=("sm_", "gfx1")),
+    Config({"BLOCK": 2048}, num_warps=8, archs=("sm_", "gfx1")),
+    Config({"BLOCK": 1024}, num_warps=2, archs=("gfx9",)),
+    Config({"BLOCK": 2048}, num_warps=4, archs=("gfx9",)),
+)
+"""8 values for every lane, which loads them at once; lanes of a warp are 64 on gfx9."""
 
 
 def plan(
@@ -50,7 +56,8 @@ def plan(
     columns = gate.shape[-1]
     gates, ups = gate.reshape(-1, columns), up.reshape(-1, columns)
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    chosen = config or CONFIGS[columns > 4096]
+    known = [known for known in CONFIGS if known.serves(arch)]
+    chosen = config or known[columns > 4096]
     block = chosen.constants["BLOCK"]
     launch = Launch(
         gated_kernel,

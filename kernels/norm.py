@@ -58,7 +58,7 @@ def plan(
     dtype = norm_result(x, weight, offset, center)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     tensors = {"X": as_rows(x), "WEIGHT": weight, "BIAS": bias, "OUT": out}
-    return Plan((out,), (norm_launch(tensors, eps, offset, center, config),))
+    return Plan((out,), (norm_launch(tensors, eps, offset, center, config, arch),))
 
 
 def why_not(

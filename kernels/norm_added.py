@@ -56,7 +56,7 @@ def plan(
         "OUT": out,
         "SUM": total,
     }
-    return Plan((out, total), (norm_launch(tensors, eps, offset, center, config),))
+    return Plan((out, total), (norm_launch(tensors, eps, offset, center, config, arch),))
 
 
 def residual_why_not(x: Tensor, residual: Tensor) -> str | None:

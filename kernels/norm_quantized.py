@@ -79,7 +79,7 @@ def plan(
         "SUM": None if residual is None else total,
         "SCALE": None if scale is not None else scales,
     }
-    launch = norm_launch(tensors, eps, offset, center, config, codes)
+    launch = norm_launch(tensors, eps, offset, center, config, arch, codes)
     return Plan((out, scales, total), (launch,))
 
 

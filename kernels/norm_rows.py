@@ -19,13 +19,17 @@ from torch import Tensor
 from .launch import Config, Launch
 from .rounding import rounded_e4m3, rounded_int8
 
+_NARROW = ("sm_", "gfx1")
 CONFIGS = (
-    Config({"SPAN": 2048, "TILE": 1024}, num_warps=4),
-    Config({"SPAN": 8192, "TILE": 2048}, num_warps=8),
-    Config({"SPAN": 16384, "TILE": 4096}, num_warps=16),
+    Config({"SPAN": 2048, "TILE": 1024}, num_warps=4, archs=_NARROW),
+    Config({"SPAN": 8192, "TILE": 2048}, num_warps=8, archs=_NARROW),
+    Config({"SPAN": 16384, "TILE": 4096}, num_warps=16, archs=_NARROW),
+    Config({"SPAN": 2048, "TILE": 1024}, num_warps=2, archs=("gfx9",)),
+    Config({"SPAN": 8192, "TILE": 2048}, num_warps=4, archs=("gfx9",)),
+    Config({"SPAN": 16384, "TILE": 4096}, num_warps=8, archs=("gfx9",)),
 )
 """SPAN: the longest row that is held in registers. TILE: values of a program of short rows,
-and of a pass over a longer one."""
+and of a pass over a longer one: 8 for every lane, which loads them at once."""
 
 
 @triton.jit
@@ -209,6 +213,7 @@ def norm_launch(
     offset: float,
     center: bool,
     config: Config | None,
+    arch: str,
     quant: str = "none",
 ) -> Launch:
     """The launch for X [rows, columns] and the kernels' other pointers by name; absent ones None.
@@ -218,7 +223,8 @@ def norm_launch(
     x, residual = tensors["X"], tensors.get("RESIDUAL")
     assert x is not None
     rows, columns = x.shape
-    chosen = config or next((c for c in CONFIGS if columns <= c.constants["SPAN"]), CONFIGS[-1])
+    known = [known for known in CONFIGS if known.serves(arch)]
+    chosen = config or next((c for c in known if columns <= c.constants["SPAN"]), known[-1])
     span, tile = chosen.constants["SPAN"], chosen.constants["TILE"]
     names = ("X", "RESIDUAL", "WEIGHT", "BIAS", "STATIC", "OUT", "SUM", "SCALE")
     args: dict[str, Any] = {name: tensors.get(name) for name in names} | {

@@ -20,8 +20,13 @@ from .rotary_tiles import rotary_kernel
 from .spec import Cost
 from .triton_spec import TritonSpec
 
-CONFIGS = (Config({"TILE": 512}, num_warps=2), Config({"TILE": 2048}, num_warps=4))
-"""TILE: channels of one program."""
+CONFIGS = (
+    Config({"TILE": 512}, num_warps=1, archs=("sm_", "gfx1")),
+    Config({"TILE": 2048}, num_warps=4, archs=("sm_", "gfx1")),
+    Config({"TILE": 1024}, num_warps=1, archs=("gfx9",)),
+    Config({"TILE": 2048}, num_warps=2, archs=("gfx9",)),
+)
+"""TILE: channels of one program, 16 for every lane: 8 of each half, loaded at once."""
 
 
 def rotary_twin(
@@ -65,7 +70,7 @@ def plan(
     half = cos.shape[-1]
     block, passed = triton.next_power_of_2(max(half, 1)), channels - 2 * half
     many = batch * (heads + k_heads) * length * channels > 1 << 20
-    chosen = config or CONFIGS[many]
+    chosen = config or [known for known in CONFIGS if known.serves(arch)][many]
     rows = max(1, chosen.constants["TILE"] // (2 * block))
     q_blocks, k_blocks = (triton.cdiv(n * length, rows) for n in (heads, k_heads))
     args: dict[str, Any] = {
