@@ -57,12 +57,11 @@ def _within(size: torch.SymInt, wanted: int) -> int:
 
 
 def meta_inputs(program: Program, sizes: Mapping[Any, int]) -> list[Any]:
-    """Inputs of these sizes without memory."""
+    """The tensors among the inputs, of these sizes, without memory."""
     made: list[Any] = []
     for node in program.inputs:
         value = node.meta["val"]
         if not isinstance(value, Tensor):
-            made.append(value)
             continue
         shape = [
             s if isinstance(s, int) else int(expression(s).xreplace(dict(sizes)))

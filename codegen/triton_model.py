@@ -96,12 +96,24 @@ class _Writer:
     def _bind_symbols(self) -> None:
         for node in self.program.inputs:
             value = node.meta["val"]
-            sizes = enumerate(value.shape) if isinstance(value, Tensor) else ()
-            for axis, size in sizes:
+            if not isinstance(value, Tensor):
+                self.lines.append(f"{node.name} = {self._constant(node, value)}")
+                continue
+            for axis, size in enumerate(value.shape):
                 found = expression(size)
                 if not isinstance(found, int) and found.is_symbol and found not in self.symbols:
                     self.symbols[found] = f"n{len(self.symbols)}"
                     self.lines.append(f"n{len(self.symbols) - 1} = {node.name}.shape[{axis}]")
+
+    def _constant(self, node: Node, value: Any) -> str:
+        """An input that was captured as a constant."""
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            raise UnsupportedByTarget(
+                "a package takes tensors, and an input of the program is a number",
+                where=f"input {node.name}",
+                fix="trace the model with that number as a tensor or as a constant",
+            )
+        return self._text(value)
 
     def _size(self, size: Any, node: Node) -> str:
         found = expression(size)
@@ -236,7 +248,7 @@ class _Writer:
     # ---- files
 
     def _model(self) -> str:
-        names = [node.name for node in self.program.inputs]
+        names = [n.name for n in self.program.inputs if isinstance(n.meta["val"], Tensor)]
         head = ["from __future__ import annotations", "", "import math", "import operator", ""]
         head += ["import torch", ""]
         used = sorted(made.imported for made in self.generated.values())

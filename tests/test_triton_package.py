@@ -179,6 +179,22 @@ def test_a_launch_that_no_binary_fits_is_compiled_when_it_comes_up(exported: Pat
     assert isinstance(loaded, Package)
 
 
+def test_an_input_that_is_a_constant_is_written_down(tmp_path: Path) -> None:
+    """The package is called with the tensors alone."""
+
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor, factor: float, flag: bool) -> Tensor:
+            return torch.relu(x) * factor if flag else x
+
+    x = numbers(2, 5, 24)
+    made = planish.optimize(Scaled(), (x, 0.5, True), recipe="exact").program
+    folder = export_program(made, tmp_path / "out", "triton", options={"arch": "sm_80"})
+    loaded = load(folder, "cpu")
+    loaded.launcher = Binaries(folder, loaded.section["binaries"]["sm_80"], Simulated(folder))
+    (got,) = loaded(x)
+    torch.testing.assert_close(got, torch.relu(x) * 0.5)
+
+
 def spoiled(folder: Path, name: str) -> None:
     data = bytearray((folder / name).read_bytes())
     data[-2] ^= 1
