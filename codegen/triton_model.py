@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._sympy.printers import PythonPrinter
 
 from ..ir.errors import UnsupportedByTarget
 from ..ir.graph_json import FUNCTIONS
@@ -22,7 +21,7 @@ from .kernel_call import KernelCall
 from .region import Region
 from .region import _getitem as getitem
 from .region_source import Source, epilogue_source, prologue_source, region_source
-from .row_space import expression
+from .triton_sizes import Sizes
 
 _FUNCTION_NAMES = {function: name for name, function in FUNCTIONS.items()}
 _PROVENANCE = 4  # source modules that a generated kernel names before it only counts them
@@ -69,11 +68,10 @@ class _Writer:
         self.lines: list[str] = []
         self.generated: dict[str, _Generated] = {}
         self.roots: dict[tuple[str, str], str] = {}
-        self.symbols: dict[Any, str] = {}
-        self.printer = PythonPrinter()
+        self.sizes = Sizes()
 
     def source(self) -> ModelSource:
-        self._bind_symbols()
+        self._bind_inputs()
         last = self._last_uses()
         module = ""
         for node in self.program.graph.nodes:
@@ -91,19 +89,15 @@ class _Writer:
                 self.lines.append(f"return [{results}]")
         return ModelSource(self._model(), self._kernels(), list(self.roots), self._origins())
 
-    # ---- sizes
+    # ---- inputs and lifetimes
 
-    def _bind_symbols(self) -> None:
+    def _bind_inputs(self) -> None:
         for node in self.program.inputs:
             value = node.meta["val"]
-            if not isinstance(value, Tensor):
+            if isinstance(value, Tensor):
+                self.lines += self.sizes.bind(node)
+            else:
                 self.lines.append(f"{node.name} = {self._constant(node, value)}")
-                continue
-            for axis, size in enumerate(value.shape):
-                found = expression(size)
-                if not isinstance(found, int) and found.is_symbol and found not in self.symbols:
-                    self.symbols[found] = f"n{len(self.symbols)}"
-                    self.lines.append(f"n{len(self.symbols) - 1} = {node.name}.shape[{axis}]")
 
     def _constant(self, node: Node, value: Any) -> str:
         """An input that was captured as a constant."""
@@ -114,26 +108,6 @@ class _Writer:
                 fix="trace the model with that number as a tensor or as a constant",
             )
         return self._text(value)
-
-    def _size(self, size: Any, node: Node) -> str:
-        found = expression(size)
-        if isinstance(found, int):
-            return str(found)
-        unknown = found.free_symbols - self.symbols.keys()
-        if unknown:
-            raise UnsupportedByTarget(
-                f"the size {found} depends on the data",
-                where=f"%{self.names[node]}",
-                fix="export without a recipe step that makes such a size, or to another target",
-            )
-        import sympy
-
-        names = {symbol: sympy.Symbol(name, integer=True) for symbol, name in self.symbols.items()}
-        return self.printer.doprint(found.xreplace(names))
-
-    def _shape(self, shape: Any, node: Node) -> str:
-        sizes = [self._size(size, node) for size in shape]
-        return f"({', '.join(sizes)}{',' if len(sizes) == 1 else ''})"
 
     def _last_uses(self) -> dict[Node, list[Node]]:
         last: dict[Node, Node] = {}
@@ -186,20 +160,14 @@ class _Writer:
     def _region_plan(self, node: Node, region: Region, inputs: Sequence[Any]) -> str:
         source = region_source(region)
         made = self._define(source, region)
-        leads = ["None" if lead is None else self._shape(lead, node) for lead in source.leads]
-        shapes = [self._shape(result.meta["val"].shape, node) for result in region.results]
-        sizes = [self._expression(source.space.rows), self._expression(source.space.columns)]
+        where, shape = f"%{node.meta.get('named', node.name)}", self.sizes.shape
+        leads = ["None" if lead is None else shape(lead, where) for lead in source.leads]
+        shapes = [shape(result.meta["val"].shape, where) for result in region.results]
+        space = source.space
+        sizes = [self.sizes.text(space.rows, where), self.sizes.text(space.columns, where)]
         arguments = [self._text(value) for value in inputs]
         arguments += [_tuple(shapes), _tuple(leads), *sizes]
         return f"{made.name}_plan({', '.join(arguments)})"
-
-    def _expression(self, found: Any) -> str:
-        if isinstance(found, int):
-            return str(found)
-        import sympy
-
-        names = {symbol: sympy.Symbol(name, integer=True) for symbol, name in self.symbols.items()}
-        return self.printer.doprint(found.xreplace(names))
 
     def _kernel(self, node: Node, call: KernelCall) -> str:
         planner = call.planner or call.spec.plan.__module__

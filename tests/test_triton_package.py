@@ -12,13 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import build
 import planish
 import pytest
 import torch
 from planish.codegen.package_runner import Binaries, Package, PackageRefused, check, load
 from planish.codegen.target import export_program
-from planish.ir.errors import UnknownOption, WrongOption
+from planish.ir.errors import UnknownOption, UnsupportedByTarget, WrongOption
 from planish.ir.interpret import run
+from planish.ir.pattern import op
 from planish.ir.program import Program
 from planish.kernels.ptx_execute import execute
 from torch import Tensor, nn
@@ -278,6 +280,16 @@ def test_wrong_options(
 ) -> None:
     with pytest.raises(error, match=sentence):
         export_program(program, tmp_path / "out", "triton", options=options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_size_that_data_decides_is_refused(tmp_path: Path) -> None:
+    def body(x: Any) -> Any:
+        return op.relu(op._to_copy(op.nonzero(x), dtype=torch.float32))
+
+    made = build.program(body, {"x": numbers(4, 24)}, free=False)
+    with pytest.raises(UnsupportedByTarget, match="depends on the data"):
+        export_program(made, tmp_path / "out", "triton", options={"arch": "sm_80"})
     assert not (tmp_path / "out").exists()
 
 
