@@ -16,7 +16,13 @@ from .operator import define
 from .spec import Cost
 from .triton_spec import Arguments, Case, Form, TritonSpec
 
-CONFIGS = (Config({"BLOCK": 1024}), Config({"BLOCK": 256}))
+CONFIGS = (
+    Config({"BLOCK": 1024}, num_warps=4, archs=("sm_", "gfx1")),
+    Config({"BLOCK": 256}, num_warps=1, archs=("sm_", "gfx1")),
+    Config({"BLOCK": 1024}, num_warps=2, archs=("gfx9",)),
+    Config({"BLOCK": 512}, num_warps=1, archs=("gfx9",)),
+)
+"""8 values for every lane, which loads them at once."""
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -43,7 +49,8 @@ def plan(
     """weights are contiguous, the others have rows of any stride."""
     tokens, k = weights.shape
     columns = y.shape[1]
-    chosen = config or CONFIGS[tokens * columns < 256 * 1024]
+    known = [known for known in CONFIGS if known.serves(arch)]
+    chosen = config or known[tokens * columns < 256 * 1024]
     out = torch.empty((tokens, columns), dtype=y.dtype, device=y.device)
     args = {
         "Y": y,

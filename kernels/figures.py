@@ -66,7 +66,7 @@ class Measured:
     """launches: figures by the launch's key in the budget; failure: why it does not compile.
 
     unaligned: keys of launches that read or write rows which do not begin at multiples of 16 bytes,
-    so that no hint makes their loads wide.
+    so that no hint makes their loads wide, or of which the form asks for no wide loads.
     """
 
     entry: Entry
@@ -163,7 +163,8 @@ def _measure_one(
         figures = {key: figures_of(launch, arch, hints) for key, launch in named.items()}
     except PlanishError as error:
         return Measured(entry, form.expects, {}, failure=_why(error))
-    unaligned = frozenset(key for key, launch in named.items() if not _aligned_rows(launch))
+    narrow = (key for key, made in named.items() if not (form.wide and _aligned_rows(made)))
+    unaligned = frozenset(narrow)
     return Measured(entry, form.expects, figures, unaligned=unaligned)
 
 

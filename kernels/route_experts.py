@@ -211,8 +211,8 @@ SPEC = TritonSpec(
         Case("several chunks", _problem(2100, 6, 2, block=32), archs=("sm_80",)),
     ),
     forms=(
-        Form("bf16 4096 x 64, 8", _large(4096, 64, 8, 128)),
-        Form("bf16 32 x 256, 8", _large(32, 256, 8, 16)),
+        Form("bf16 4096 x 64, 8", _large(4096, 64, 8, 128), wide=False),
+        Form("bf16 32 x 256, 8", _large(32, 256, 8, 16), wide=False),
     ),
 )
 

@@ -211,7 +211,7 @@ SPEC = TritonSpec(
         Case("3 bits, bf16", _small(3, 72, 16, False, torch.bfloat16)),
         Case("2 bits", _small(2, 48, 16, True, torch.float32)),
     ),
-    forms=(Form("8 bits f16, 2048 of 128256 x 4096", _large),),
+    forms=(Form("8 bits f16, 2048 of 128256 x 4096", _large, wide=False),),
 )
 
 define(SPEC)

@@ -46,12 +46,14 @@ class Form:
 
     expects: an instruction family that the inner loop must have ("mma", "int8 mma", "fp8 mma"), or
     "" where the kernel multiplies no matrices. archs: prefixes of the architectures it is for.
+    wide: whether some loads must be of 128 bits; not where a kernel reads scattered single values.
     """
 
     name: str
     make: Callable[[], Arguments]
     expects: str = ""
     archs: tuple[str, ...] = ("",)
+    wide: bool = True
 
     def serves(self, arch: str) -> bool:
         return arch.startswith(self.archs)
