@@ -26,6 +26,7 @@ from .ladder_result import Outcome
 from .launch import Launch
 from .ptx_errors import UnsupportedInstruction
 from .ptx_execute import Execution, execute
+from .traffic import grown, key_of
 from .triton_spec import Case, TritonSpec
 
 RUNG = 4
@@ -89,6 +90,9 @@ def _climb_one(spec: TritonSpec, case: Case, arch: str) -> Outcome:
         except UnsupportedInstruction as error:
             unknown.append(error.what)
             return Judgement(False, error.what), {}
+        more = grown(key_of(spec, case.name, arch), ran.counts)
+        if more and ran.verdict.right:
+            return Judgement(False, more), ran.counts
         return ran.verdict, ran.counts
 
     outcome = tried(spec, RUNG, case.name, arch, attempt)

@@ -23,7 +23,7 @@ def modules() -> set[str]:
     files = [*ROOT.glob("*.py"), *(f for room in ROOMS for f in (ROOT / room).glob("*.py"))]
     files += [ROOT / name for name in DATA]
     files += [*(ROOT / "kernels").glob("*.c"), *(ROOT / "kernels").glob("*.h")]
-    files += [ROOT / "kernels" / "budgets.json", *(ROOT / "codegen").glob("*.jinja")]
+    files += [*(ROOT / "kernels").glob("*.json"), *(ROOT / "codegen").glob("*.jinja")]
     return {f"planish/{file.relative_to(ROOT)}" for file in files}
 
 
