@@ -16,6 +16,12 @@ _SWIZZLES = 2
 _NAME = re.compile(r"%[\w$]+")
 _STATEMENT = re.compile(r"[^;{}\n][^;\n]*;")
 _SHARED_ACCESS = re.compile(r"\b(?:ld|st)\.shared|\bldmatrix|\bstmatrix|\bcp\.async\.c[ag]")
+_HAPPENS = re.compile(
+    r"\.shared|\bldmatrix|\bstmatrix|\bcp\.async|\bwgmma|\btcgen05|\bmbarrier|\bfence|\bst\.|\bld\."
+    r"|\batom|\bred\.|\bbra\b|^\s*[$\w]+:",
+    re.M,
+)
+"""What a barrier could order, and where control flow meets."""
 _DERIVES = re.compile(r"\s*(?:add|or|xor|mov|mad|shl|cvt)\b")
 _WAIT_LOOP = re.compile(
     r"mbarrier\.try_wait[^;]*;\s*(?:\.loc[^\n]*\n\s*)*@!\s*%?\w+\s+bra(?:\.uni)?\s+\w+\s*;"
@@ -68,9 +74,22 @@ def _off_by_one(ptx: str, opcode: str) -> Iterator[Mutant]:
 
 
 def _barriers(ptx: str) -> Iterator[Mutant]:
+    """Each barrier, or run of barriers between which nothing happens: one of a run says it all."""
     places = list(re.finditer(r"\b(?:bar|barrier)\.sync\b[^;]*;", ptx))
-    for number, place in enumerate(places[:_MOST_BARRIERS], 1):
-        yield Mutant(f"bar.sync {number} dropped", ptx[: place.start()] + ptx[place.end() :])
+    runs: list[list[int]] = []
+    for number, place in enumerate(places):
+        between = ptx[places[number - 1].end() : place.start()] if number else "label:"
+        if runs and not _HAPPENS.search(between):
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    for run in runs[:_MOST_BARRIERS]:
+        first, last = run[0] + 1, run[-1] + 1
+        name = f"bar.sync {first}" if first == last else f"bar.sync {first} to {last}"
+        broken = ptx
+        for number in reversed(run):
+            broken = broken[: places[number].start()] + broken[places[number].end() :]
+        yield Mutant(f"{name} dropped", broken)
 
 
 def _swapped(ptx: str) -> Iterator[Mutant]:
