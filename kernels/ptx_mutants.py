@@ -16,6 +16,7 @@ _SWIZZLES = 2
 _NAME = re.compile(r"%[\w$]+")
 _STATEMENT = re.compile(r"[^;{}\n][^;\n]*;")
 _SHARED_ACCESS = re.compile(r"\b(?:ld|st)\.shared|\bldmatrix|\bstmatrix|\bcp\.async\.c[ag]")
+_BARRIER = r"\b(?:bar|barrier)\.sync\b[^;]*;"
 _HAPPENS = re.compile(
     r"\.shared|\bldmatrix|\bstmatrix|\bcp\.async|\bwgmma|\btcgen05|\bmbarrier|\bfence|\bst\.|\bld\."
     r"|\batom|\bred\.|\bbra\b|^\s*[$\w]+:",
@@ -75,7 +76,7 @@ def _off_by_one(ptx: str, opcode: str) -> Iterator[Mutant]:
 
 def _barriers(ptx: str) -> Iterator[Mutant]:
     """Each barrier, or run of barriers between which nothing happens: one of a run says it all."""
-    places = list(re.finditer(r"\b(?:bar|barrier)\.sync\b[^;]*;", ptx))
+    places = list(re.finditer(_BARRIER, ptx))
     runs: list[list[int]] = []
     for number, place in enumerate(places):
         between = ptx[places[number - 1].end() : place.start()] if number else "label:"
@@ -90,6 +91,8 @@ def _barriers(ptx: str) -> Iterator[Mutant]:
         for number in reversed(run):
             broken = broken[: places[number].start()] + broken[places[number].end() :]
         yield Mutant(f"{name} dropped", broken)
+    if len(runs) > 1:
+        yield Mutant("every bar.sync dropped", re.sub(_BARRIER, "", ptx))
 
 
 def _swapped(ptx: str) -> Iterator[Mutant]:

@@ -24,7 +24,10 @@ wgmma.wait_group.sync.aligned 0;
 
 def changed(name: str) -> list[str]:
     """The statements of the mutant that the original lacks, in order."""
-    ptx = module(BODY, 1)
+    return changed_in(module(BODY, 1), name)
+
+
+def changed_in(ptx: str, name: str) -> list[str]:
     (mutant,) = [one for one in mutants(ptx) if one.name == name]
     before = [one.text for one in parse(ptx).instructions]
     after = [one.text for one in parse(mutant.ptx).instructions]
@@ -38,6 +41,7 @@ def test_each_mistake_is_made_in_its_place() -> None:
         "cp.async.wait_group off by one",
         "bar.sync 1 dropped",
         "bar.sync 2 dropped",
+        "every bar.sync dropped",
         "mma operands swapped",
         "swizzle 1 broken (xor to or)",
         "load masks dropped",
@@ -49,6 +53,7 @@ def test_each_mistake_is_made_in_its_place() -> None:
     assert changed("cp.async.wait_group dropped") == ["1 fewer"]
     assert changed("cp.async.wait_group off by one") == ["cp.async.wait_group 2"]
     assert changed("bar.sync 2 dropped") == ["1 fewer"]
+    assert changed("every bar.sync dropped") == ["2 fewer"]
     (mma,) = changed("mma operands swapped")
     assert "{ %r6, %r5, %r7, %r8 }, { %r9, %r10 }" in mma
     # only the exclusive or that a shared address is made of
@@ -64,3 +69,19 @@ def test_each_mistake_is_made_in_its_place() -> None:
 
 def test_text_without_a_place_has_no_mutants() -> None:
     assert mutants(module("add.s32 %r1, %r2, %r3; st.global.b32 [%rd1], %r1;", 1)) == []
+
+
+def test_barriers_between_which_nothing_happens_are_one() -> None:
+    """Dropping one of two changes nothing; an access, a copy or a label between parts them."""
+    text = "bar.sync 0; {} bar.sync 0; st.shared.b32 [%r1], %r2; bar.sync 1;"
+    for between, first in (
+        ("add.s32 %r1, %r2, %r3;", "bar.sync 1 to 2 dropped"),
+        ("ld.shared.b32 %r1, [%r2];", "bar.sync 1 dropped"),
+        ("cp.async.wait_group 0;", "bar.sync 1 dropped"),
+        ("here:", "bar.sync 1 dropped"),
+    ):
+        ptx = module(text.format(between), 1)
+        names = [one.name for one in mutants(ptx) if "bar.sync" in one.name]
+        assert names[0] == first
+        assert names[-2:] == ["bar.sync 3 dropped", "every bar.sync dropped"]
+    assert changed_in(module(text.format(""), 1), "bar.sync 1 to 2 dropped") == ["2 fewer"]
