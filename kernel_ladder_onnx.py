@@ -20,6 +20,7 @@ from .kernels.ladder_judge import Judgement, judge
 from .kernels.ladder_operator import RUNG, Closed, samples
 from .kernels.ladder_problem import Ask, Found, arguments_of, left_out, tried
 from .kernels.ladder_result import Outcome
+from .kernels.shape_only import written_out
 from .kernels.triton_spec import Case, TritonSpec
 
 _UNKNOWN_TO_ONNXRUNTIME = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -68,7 +69,8 @@ def _captured(spec: TritonSpec, case: Case) -> Program:
     module = Closed(spec.twin, arguments)
     inputs = module.inputs(arguments)
     still = tuple(None for _ in inputs)  # the sizes of the case, as the twin may look at them
-    return trace(module, inputs, dynamic_shapes=(still,))
+    with written_out():
+        return trace(module, inputs, dynamic_shapes=(still,))
 
 
 def _written(program: Program, folder: Path) -> str | None:
