@@ -88,6 +88,10 @@ def field_plan(
     problem, prologue, before = prologue_launches(problem, prologue, split)
     align = _aligned(problem.rows)
     chosen = _smaller(chosen, problem.rows.dtype, fields, together, weight.book is not None)
+    if not split and weight.scale_book is not None:
+        chosen = replace(chosen, constants={**chosen.constants, "BM": 16, "BN": 64})
+    elif not split and bits == 3 and arch.startswith("gfx9"):
+        chosen = replace(chosen, constants={**chosen.constants, "BM": 32, "BN": 64})
     args = {
         "X": problem.rows,
         "WORDS": weight.words,
