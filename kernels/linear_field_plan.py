@@ -90,8 +90,8 @@ def field_plan(
     chosen = _smaller(chosen, problem.rows.dtype, fields, together, weight.book is not None)
     if not split and weight.scale_book is not None:
         chosen = replace(chosen, constants={**chosen.constants, "BM": 16, "BN": 64})
-    elif not split and arch.startswith("sm_12"):
-        rows = min(chosen.constants["BM"], 16 if bits == 3 else 64)
+    elif not split and arch.startswith(("sm_12", "sm_89")):
+        rows = min(chosen.constants["BM"], 16 if bits == 3 else 32 if arch == "sm_89" else 64)
         chosen = replace(chosen, constants={**chosen.constants, "BM": rows})
     elif not split and bits == 3 and arch.startswith(("gfx9", "sm_10")):
         chosen = replace(chosen, constants={**chosen.constants, "BM": 32, "BN": 64})
