@@ -209,6 +209,6 @@ def _how_caught(
         ran: Ran = run_case(spec, program.case, program.arch, change, program.compiled, limit=limit)
     except UnsupportedInstruction:
         return None
-    except Exception as error:  # a broken program may fail anywhere
+    except PlanishError as error:  # anything else is a mistake of the simulator, not a catch
         return type(error).__name__
     return None if ran.verdict.right else ran.verdict.sentence
