@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ class Format(ABC):
     A weight is [..., out, in]; the format groups values along one axis (the one that a matmul
     sums over). Stored parts always have that axis last, whatever its place in the weight.
     """
+
+    rows_apart: ClassVar[bool] = False
+    """Whether every stored part of a weight [out, in] is a tensor [out, ...], a row's own."""
 
     @property
     @abstractmethod

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -52,6 +52,7 @@ class AffineInt(Format):
     zero points it may move values by a step, and `encode_with` the first grid does not.
     """
 
+    rows_apart: ClassVar[bool] = True
     bits: int
     group_size: int | None = None
     symmetric: bool = True

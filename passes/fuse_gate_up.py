@@ -14,14 +14,18 @@ from typing import ClassVar
 import torch
 
 from ..ir.edit import Editor
-from ..ir.program import Node
-from ..ir.rewrite import Decline, Match, Rule
-from .contract import RulePass, contract
+from ..ir.program import Node, Program
+from ..ir.rewrite import Decline, Match, Rule, apply_rules
+from ..ir.weights import Weights
+from .contract import Context, RulePass, contract
 from .stack_linears import LINEAR, earliest, stack_linears, why_not_stackable
 
 
 class _GateUp(Rule):
     name = kind = "fuse_gate_up"
+
+    def __init__(self, weights: Weights | None = None) -> None:
+        self.weights = Weights() if weights is None else weights
 
     def look(self, node: Node) -> Match | Decline | None:
         if node.target is not torch.ops.planish.gated.default:
@@ -31,7 +35,7 @@ class _GateUp(Rule):
             return Decline(
                 "gate and up are not two matmuls (packed already, or computed otherwise)"
             )
-        reason = why_not_stackable([gate, up])
+        reason = why_not_stackable([gate, up], self.weights)
         if reason:
             return Decline(reason)
         return Match(node, {"linears": [gate, up]}, at=earliest([gate, up]))
@@ -42,7 +46,13 @@ class _GateUp(Rule):
 
 @dataclass(frozen=True)
 class FuseGateUp(RulePass):
-    """One matmul for the gate and up projections of each gated MLP."""
+    """One matmul for the gate and up projections of each gated MLP.
 
-    contract = contract("bounded", requires=["raised", "dense_weights"])
+    Encoded weights of one number format are stacked code by code; different ones stay apart.
+    """
+
+    contract = contract("bounded", requires=["raised"])
     rules: ClassVar[Sequence[Rule]] = (_GateUp(),)
+
+    def run(self, program: Program, context: Context) -> None:
+        apply_rules(program, [_GateUp(program.weights)], context.journal)

@@ -17,9 +17,10 @@ from torch import fx
 
 from ..ir.edit import Editor
 from ..ir.pattern import bound_arguments
-from ..ir.program import Node
-from ..ir.rewrite import Decline, Match, Rule
-from .contract import RulePass, contract
+from ..ir.program import Node, Program
+from ..ir.rewrite import Decline, Match, Rule, apply_rules
+from ..ir.weights import Weights
+from .contract import Context, RulePass, contract
 from .stack_linears import LINEAR, earliest, stack_linears, why_not_stackable
 
 _ATEN = torch.ops.aten
@@ -58,6 +59,9 @@ def projection(value: Node) -> Node | None:
 class _Qkv(Rule):
     name = kind = "fuse_qkv"
 
+    def __init__(self, weights: Weights | None = None) -> None:
+        self.weights = Weights() if weights is None else weights
+
     def look(self, node: Node) -> Match | Decline | None:
         if node.target is not torch.ops.planish.attention.default:
             return None
@@ -69,8 +73,8 @@ class _Qkv(Rule):
             return Decline(f"the {missing} does not come straight from one matmul")
         if len(linears) == 1:
             return Decline("query, key and value are one matmul already")
-        reason = why_not_stackable(linears)
-        if reason and len(linears) == 3 and why_not_stackable(linears[1:]) is None:
+        reason = why_not_stackable(linears, self.weights)
+        if reason and len(linears) == 3 and not why_not_stackable(linears[1:], self.weights):
             linears, reason = linears[1:], None
         if reason:
             return Decline(reason)
@@ -82,7 +86,13 @@ class _Qkv(Rule):
 
 @dataclass(frozen=True)
 class FuseQkv(RulePass):
-    """One matmul for the query, key and value projections of each attention."""
+    """One matmul for the query, key and value projections of each attention.
 
-    contract = contract("bounded", requires=["raised", "dense_weights"])
+    Encoded weights of one number format are stacked code by code; different ones stay apart.
+    """
+
+    contract = contract("bounded", requires=["raised"])
     rules: ClassVar[Sequence[Rule]] = (_Qkv(),)
+
+    def run(self, program: Program, context: Context) -> None:
+        apply_rules(program, [_Qkv(program.weights)], context.journal)

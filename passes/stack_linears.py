@@ -12,16 +12,18 @@ import torch
 from torch import Tensor, fx
 
 from ..ir.edit import Editor, shape
+from ..ir.encoded import Encoded
 from ..ir.pattern import bound_arguments
 from ..ir.program import Node
-from ..ir.weights import Derived
+from ..ir.stack_encoded import stack_rows, why_not_row_stacked
+from ..ir.weights import Derived, Weights
 
 LINEAR = torch.ops.aten.linear.default
 SLICE = torch.ops.aten.slice.Tensor
 
 
-def why_not_stackable(linears: Sequence[Node]) -> str | None:
-    """The sentence why these linears cannot become one, or None."""
+def why_not_stackable(linears: Sequence[Node], weights: Weights) -> str | None:
+    """The sentence why these linears cannot become one, or None; weights: the program's."""
     first = bound_arguments(linears[0])
     for node in linears:
         arguments = bound_arguments(node)
@@ -32,7 +34,20 @@ def why_not_stackable(linears: Sequence[Node]) -> str | None:
             return f"the weight of %{node.name} is computed in the graph"
         if parts[0].meta["val"].dtype != first["weight"].meta["val"].dtype:
             return f"the weight of %{node.name} has another dtype than that of %{linears[0].name}"
-    return None
+    return _why_not_packed(linears, weights)
+
+
+def _why_not_packed(linears: Sequence[Node], weights: Weights) -> str | None:
+    """The sentence why the stored weights cannot be stacked, or None; dense ones always can."""
+    names = [str(bound_arguments(node)["weight"].target) for node in linears]
+    entries = [weights.entry(name) for name in names if name in weights]
+    encoded = [entry for entry in entries if isinstance(entry, Encoded)]
+    if not encoded:
+        return None
+    if len(encoded) < len(entries):
+        dense = next(n for n, e in zip(names, entries, strict=True) if not isinstance(e, Encoded))
+        return f"{dense} is dense and another of the weights is kept in a number format"
+    return why_not_row_stacked(encoded)
 
 
 def _is_weight(value: object) -> bool:
@@ -70,6 +85,9 @@ def _stacked(editor: Editor, label: str, parts: Sequence[Node | None], rows: Seq
         torch.zeros(count, dtype=dtype) if name is None else weights.entry(name)
         for name, count in zip(names, rows, strict=True)
     ]
+    encoded = [entry for entry in entries if isinstance(entry, Encoded)]
+    if len(encoded) == len(entries):
+        return editor.weight(label, stack_rows(encoded))
     total = torch.Size((sum(rows), *tuple(entries[0].shape)[1:]))
     return editor.weight(label, Derived(tuple(entries), _concatenate, total, dtype, "rows stacked"))
 

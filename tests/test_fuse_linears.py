@@ -5,6 +5,8 @@ from __future__ import annotations
 import planish.ir.ops
 import torch
 from planish.ir.capture import capture_module
+from planish.ir.encoded import Encoded
+from planish.ir.formats import AffineInt
 from planish.ir.program import Program
 from planish.ir.text import program_text
 from planish.passes.fuse_gate_up import FuseGateUp
@@ -140,3 +142,36 @@ def test_the_stacked_weight_follows_its_sources_without_a_copy() -> None:
     with torch.no_grad():
         model.up.weight.fill_(7.0)
     assert bool((after.weights["gate+up.weight"][10:] == 7).all())
+
+
+def encoded(program: Program, formats: dict[str, AffineInt]) -> Program:
+    for name, form in formats.items():
+        program.weights[name] = form.encode(program.weights[name])
+    return program
+
+
+def test_encoded_weights_are_stacked_code_by_code() -> None:
+    names = [f"{name}.weight" for name in "qkv"]
+    before = raised(SelfAttention(), (2, 5, 10))
+    encoded(before, dict.fromkeys(names, AffineInt(4, 5, symmetric=False)))
+    after = run(FuseQkv(), before)
+    stacked = after.weights.entry("q+k+v.weight")
+    assert isinstance(stacked, Encoded)
+    assert stacked.shape == (24, 10)
+    parts = [before.weights.entry(name) for name in names]
+    codes = torch.cat([part.codes() for part in parts if isinstance(part, Encoded)])
+    assert torch.equal(stacked.codes(), codes)
+    assert torch.equal(stacked.decode(), torch.cat([before.weights[name] for name in names]))
+
+
+def test_weights_of_different_formats_stay_apart_and_the_reason_is_told() -> None:
+    before = encoded(raised(GatedMlp(), (2, 3, 6)), {"gate.weight": AffineInt(4, 3)})
+    after = run(FuseGateUp(), before)
+    assert program_text(after) == program_text(before)
+    (declined,) = after.history.records[-1].declined
+    assert declined.reason == (
+        "up.weight is dense and another of the weights is kept in a number format"
+    )
+    encoded(before, {"up.weight": AffineInt(8, 3)})
+    (declined,) = run(FuseGateUp(), before).history.records[-1].declined
+    assert declined.reason == "one is kept as int4-g3-sym, another as int8-g3-sym"
