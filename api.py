@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .calibration import calibration_batches
 from .decoder_source import DecoderSource
-from .ir.errors import WrongInput
 from .ir.history import History
 from .ir.program import Program
 from .passes.pipeline import Pipeline
@@ -54,7 +54,7 @@ def optimize(
     kwargs: Mapping[str, Any] | None = None,
     *,
     recipe: str | Path | Recipe = "exact",
-    calibration: Iterable[Any] | None = None,
+    calibration: Iterable[Any] | str | Path | None = None,
     options: Mapping[str, Any] | None = None,
     verify: str = "facts",
     on_break: str = "rollback",
@@ -63,8 +63,10 @@ def optimize(
 ) -> Optimized:
     """Trace a model (unless it is a Program already) and run a recipe on it.
 
-    calibration: batches, each like the model's inputs (a tensor, a tuple or a mapping of keywords).
-    options: {"pass.option": value} laid over the recipe's. verify: "structure", "facts" or
+    calibration: batches, each like the model's inputs (a tensor, a tuple or a mapping of keywords);
+    or a file: a text, or safetensors with 0.input_ids, 1.input_ids, ...
+    options: {"pass.option": value} laid over the recipe's; {"option": value} is given to every
+    step of the recipe that has the option. verify: "structure", "facts" or
     "numbers" (contracts are checked on the example inputs and on two calibration batches).
     kv_cache: a decoder gets `past` and returns (result, present), see `insert_kv_cache`; what is
     then exported to onnx is a folder that `planish.Generator` reads.
@@ -73,7 +75,9 @@ def optimize(
     chosen = chosen.with_kv_cache() if kv_cache else chosen
     steps = chosen.passes(options)
     program = trace(model, args, kwargs, kv_cache=kv_cache)
-    batches = [flat_batch(program, batch) for batch in calibration or ()]
+    named = isinstance(calibration, (str, Path))
+    origin = DecoderSource.of(model) if named else None
+    batches = calibration_batches(program, calibration, origin)
     line = Pipeline(steps, verify=verify, on_break=on_break)
     if progress is not None:
         line.progress = progress
@@ -88,22 +92,6 @@ def explain(model: Model | Optimized, args: tuple[Any, ...] = (), **kwargs: Any)
     if isinstance(model, Optimized):
         return report(model.program)
     return report(trace(model, args, kwargs or None))
-
-
-def flat_batch(program: Program, batch: Any) -> list[Any]:
-    """One calibration batch as flat inputs; raises WrongInput."""
-    if isinstance(batch, Tensor):
-        batch = (batch,)
-    if isinstance(batch, Mapping):
-        return program.flatten_inputs((), dict(batch))
-    if not isinstance(batch, (tuple, list)):
-        raise WrongInput(
-            "a calibration batch is not an input of the model",
-            expected="a tensor, a tuple of positional inputs or a mapping of keyword inputs",
-            found=type(batch).__name__,
-            fix="for example calibration=[(ids,), (ids2,)]",
-        )
-    return program.flatten_inputs(tuple(batch), {})
 
 
 def _as_tuple(args: Any) -> tuple[Any, ...]:

@@ -88,8 +88,17 @@ def export(
     verify: Annotated[str, typer.Option(help="structure, facts or numbers.")] = "facts",
     calibration: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Batches, as .safetensors: 0.input_ids, 1.input_ids ..."),
+        typer.Option(
+            metavar="FILE",
+            help="A text file, or batches as .safetensors: 0.input_ids, 1.input_ids ...",
+        ),
     ] = None,
+    calibration_samples: Annotated[
+        int, typer.Option(metavar="N", help="Slices of a calibration text.")
+    ] = 128,
+    calibration_length: Annotated[
+        int, typer.Option(metavar="N", help="Tokens of each slice of a calibration text.")
+    ] = 512,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan only.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace DIR if it exists.")] = False,
     json_file: Json = None,
@@ -97,6 +106,7 @@ def export(
     """Optimize a model and write it for a runtime."""
     with speaking_plainly():
         check_json_target(json_file)
+        from .calibration import Slicing
         from .cli_export import export_model, plan_export
         from .cli_order import Order, parse_settings
 
@@ -109,6 +119,7 @@ def export(
             profile=profile,
             verify=verify,
             calibration=calibration,
+            slicing=Slicing(calibration_samples, calibration_length),
             force=force,
             target_options=parse_settings(target_options or [], "--target-set")
             | ({"arch": arch} if arch is not None else {}),

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from .api import Optimized, optimize, trace
+from .calibration import calibration_batches
 from .cli_lists import describe_contract
-from .cli_order import Order, check_order, read_calibration
+from .cli_order import Order, check_order
 from .cli_print import megabytes, progress_bar, show, table, working
 from .codegen.target import find_target
 from .decoder_source import DecoderSource
@@ -75,7 +76,8 @@ def export_model(order: Order) -> dict[str, Any]:
     begun = time.perf_counter()
     program = _capture(order)
     seconds["capture"] = time.perf_counter() - begun
-    batches = read_calibration(order.calibration) if order.calibration else []
+    source = DecoderSource.of(order.source) if order.calibration else None
+    batches = calibration_batches(program, order.calibration, source, order.slicing)
     begun = time.perf_counter()
     with progress_bar(f"optimize ({recipe.name})") as advance:
         optimized = optimize(

@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import Tensor
-
+from .calibration import Slicing
 from .codegen.bundle import check_output
 from .codegen.target import find_target
-from .ir.errors import OutputNotWritable, SourceNotFound, WrongInput, WrongOption
-from .ir.read_safetensors import read_safetensors
+from .ir.errors import OutputNotWritable, SourceNotFound, WrongOption
 from .passes.contract import Pass
 from .passes.pipeline import Pipeline
 from .recipes import Recipe, find_recipe
@@ -30,6 +28,7 @@ class Order:
     profile: str | None = None
     verify: str = "facts"
     calibration: Path | None = None
+    slicing: Slicing = field(default_factory=Slicing)
     force: bool = False
     target_options: dict[str, str] = field(default_factory=dict[str, str])
     kv_cache: bool = False
@@ -43,7 +42,7 @@ def parse_settings(settings: Sequence[str], flag: str = "--set") -> dict[str, st
         if not equals or not name:
             raise WrongOption(
                 f"{flag} {setting} does not give an option a value",
-                expected="--set PASS.OPTION=VALUE" if flag == "--set" else f"{flag} OPTION=VALUE",
+                expected=f"{flag} OPTION=VALUE" + (" or PASS.OPTION=VALUE" * (flag == "--set")),
                 found=setting,
                 fix="for example --set quantize_weights.group_size=64",
             )
@@ -82,20 +81,3 @@ def check_folder(folder: Path, force: bool) -> None:
             found="no permission" if above.is_dir() else "a file",
             fix="name a folder under one that you may write to",
         )
-
-
-def read_calibration(file: Path) -> list[dict[str, Tensor]]:
-    """Batches from safetensors: tensors named `0.input_ids`, `1.input_ids`, ...; WrongInput."""
-    batches: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in read_safetensors(file).items():
-        number, dot, key = name.partition(".")
-        if not dot or not number.isdigit():
-            raise WrongInput(
-                f"the calibration tensor {name!r} does not say which batch it belongs to",
-                where=str(file),
-                expected="names such as 0.input_ids and 0.attention_mask",
-                found=name,
-                fix="put the number of the batch and a dot before the name of the input",
-            )
-        batches.setdefault(int(number), {})[key] = tensor
-    return [batches[number] for number in sorted(batches)]

@@ -48,16 +48,25 @@ class Recipe:
     steps: tuple[Step, ...]
 
     def passes(self, options: Mapping[str, Any] | None = None) -> list[Pass]:
-        """The passes, with `options` {"pass.option": value} laid over the recipe's own.
+        """The passes, with `options` laid over the recipe's own.
 
+        options: {"pass.option": value}, or {"option": value} for every step that has the option.
         Raises UnknownPass, UnknownOption (with the nearest name) and WrongOption.
         """
-        changes = _by_pass(options or {})
+        changes, shared = _by_pass(options or {})
         names = {step.name for step in self.steps}
         for name in changes:
             if name not in names:
                 raise UnknownOption.named(name, names, where=f"options of recipe {self.name}")
-        return [step.build().with_options(changes.get(step.name, {})) for step in self.steps]
+        built = [step.build() for step in self.steps]
+        known = {option for step in built for option in step.options()}
+        for name in shared:
+            if name not in known:
+                raise UnknownOption.named(name, known, where=f"options of recipe {self.name}")
+        for place, step in enumerate(built):
+            own = {name: value for name, value in shared.items() if name in step.options()}
+            built[place] = step.with_options(own | changes.get(step.pass_name(), {}))
+        return built
 
     def with_kv_cache(self) -> Recipe:
         """This recipe, and then the cache; itself if it already inserts one."""
@@ -74,19 +83,17 @@ class Recipe:
         return yaml.safe_dump(data, sort_keys=False)
 
 
-def _by_pass(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _by_pass(options: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """The options of single passes, and those that name no pass."""
     grouped: dict[str, dict[str, Any]] = {}
+    shared: dict[str, Any] = {}
     for key, value in options.items():
         name, dot, option = key.partition(".")
-        if not dot:
-            raise UnknownOption(
-                f"option {key!r} does not say of which pass it is",
-                expected="PASS.OPTION, for example quantize_weights.group_size",
-                found=key,
-                fix="put the pass's name before it; planish passes lists them",
-            )
-        grouped.setdefault(name, {})[option] = value
-    return grouped
+        if dot:
+            grouped.setdefault(name, {})[option] = value
+        else:
+            shared[key] = value
+    return grouped, shared
 
 
 def _steps(*parts: str | tuple[str, dict[str, Any]]) -> tuple[Step, ...]:

@@ -106,7 +106,7 @@ def _load(file: Path) -> Any:
             fix="pip install planish[hf]",
         ) from error
     try:
-        return tokenizers.Tokenizer.from_file(str(file))
+        loaded = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the package raises no narrower class
         if type(error) is not Exception:
             raise
@@ -116,6 +116,10 @@ def _load(file: Path) -> Any:
             found=str(error),
             fix="copy the tokenizer's files again",
         ) from error
+    # Encoders ship with a fixed length: it would cut texts without a word, and fill short ones.
+    loaded.no_truncation()
+    loaded.no_padding()
+    return loaded
 
 
 def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
