@@ -96,6 +96,14 @@ class NonFiniteWeight(PlanishError):
     """A weight holds NaN or infinity."""
 
 
+class NonFiniteActivation(PlanishError):
+    """A value becomes NaN or infinite on a calibration batch."""
+
+
+class CalibrationTooSmall(PlanishError):
+    """No calibration batches, or batches that measure nothing."""
+
+
 class UnsupportedGroupSize(PlanishError):
     """A group size that the layer's width, the format or the target cannot serve."""
 
