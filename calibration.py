@@ -43,12 +43,16 @@ class Slicing:
             )
 
 
+class Flat(list[Any]):
+    """A batch that is laid out flat already, as `Program.flatten_inputs` does."""
+
+
 def calibration_batches(
     program: Program,
     given: Iterable[Any] | str | Path | None,
     source: DecoderSource | None = None,
     slicing: Slicing | None = None,
-) -> list[list[Any]]:
+) -> list[Flat]:
     """Flat inputs of the program from batches, or from a file of tensors or text.
 
     given: batches, each a tensor, a tuple of positional inputs or a mapping of keyword inputs; or
@@ -71,7 +75,7 @@ def calibration_batches(
 
 def text_batches(
     file: Path, program: Program, source: DecoderSource, slicing: Slicing
-) -> list[list[Any]]:
+) -> list[Flat]:
     """Slices of a text as flat inputs of a program that takes token ids (and a mask)."""
     names = [spec.name for spec in program.input_specs if spec.is_tensor]
     if set(names) - {"input_ids", "attention_mask"} or "input_ids" not in names:
@@ -84,10 +88,11 @@ def text_batches(
         )
     length = min(slicing.length, source.context or slicing.length)
     slicing = Slicing(slicing.samples, length)
-    flat: list[list[Any]] = []
+    flat: list[Flat] = []
     for ids in slices(_tokenizer(source, str(file)), _read_text(file), str(file), slicing):
         made = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        flat.append([made.get(spec.name, spec.constant) for spec in program.input_specs])
+        inputs = [made.get(spec.name, spec.constant) for spec in program.input_specs]
+        flat.append(Flat(inputs))
     return flat
 
 
@@ -164,12 +169,14 @@ def _tokenizer(source: DecoderSource, where: str) -> Tokenizer:
         return Tokenizer(folder)
 
 
-def flat_batch(program: Program, batch: Any) -> list[Any]:
+def flat_batch(program: Program, batch: Any) -> Flat:
     """One calibration batch as flat inputs; raises WrongInput."""
+    if isinstance(batch, Flat):
+        return batch
     if isinstance(batch, Tensor):
         batch = (batch,)
     if isinstance(batch, Mapping):
-        return program.flatten_inputs((), dict(batch))
+        return Flat(program.flatten_inputs((), dict(batch)))
     if not isinstance(batch, (tuple, list)):
         raise WrongInput(
             "a calibration batch is not an input of the model",
@@ -177,4 +184,4 @@ def flat_batch(program: Program, batch: Any) -> list[Any]:
             found=type(batch).__name__,
             fix="for example calibration=[(ids,), (ids2,)]",
         )
-    return program.flatten_inputs(tuple(batch), {})
+    return Flat(program.flatten_inputs(tuple(batch), {}))
