@@ -112,13 +112,18 @@ _RAISE = _steps(
     "share_subexpressions",
     "drop_dead",
 )
-_EXACT = _RAISE + _steps("fold_constants", "fuse_qkv", "fuse_gate_up", "drop_dead")
+_FUSE = _steps("fuse_qkv", "fuse_gate_up", "drop_dead")
+_EXACT = _RAISE + _steps("fold_constants") + _FUSE
 _TABLES = "int8-g32-sym-f32"
 
 
+def _before_fusing(*parts: str | tuple[str, dict[str, Any]]) -> tuple[Step, ...]:
+    """Lossy steps between raising and fusing, where weights have the model's own names."""
+    return _RAISE + _steps("fold_constants", *parts) + _FUSE
+
+
 def _weights(bits: int, group_size: int | None, **more: Any) -> tuple[Step, ...]:
-    options = {"bits": bits, "group_size": group_size, **more}
-    return _EXACT + _steps(("quantize_weights", options))
+    return _before_fusing(("quantize_weights", {"bits": bits, "group_size": group_size, **more}))
 
 
 def _low_bits(bits: int) -> Recipe:
