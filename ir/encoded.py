@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from .errors import UnsupportedFormat
+from .grid import Grid
+
+Stored = tuple[torch.dtype, tuple[int, ...]]
+"""The dtype and shape of a stored part; a size of -1 depends on the weight's values."""
 
 
 class Format(ABC):
@@ -21,6 +28,10 @@ class Format(ABC):
 
     rows_apart: ClassVar[bool] = False
     """Whether every stored part of a weight [out, in] is a tensor [out, ...], a row's own."""
+
+    groups_apart: ClassVar[bool] = True
+    """Whether the grid of a group depends on that group's values alone, so that `grid` may be
+    asked group by group; else it must see all rows and groups of a weight at once."""
 
     @property
     @abstractmethod
@@ -36,20 +47,81 @@ class Format(ABC):
         """The values that the stored parts stand for, in the weight's own shape."""
 
     @abstractmethod
+    def worst_error(self, encoded: Encoded) -> Tensor:
+        """Upper bound of |weight - decode|, float64, in the weight's own shape.
+
+        Infinite where a format cuts values off and does not keep how far.
+        """
+
+    def grouping(self, length: int) -> int:
+        """How many neighbours of a row of `length` values share their parameters."""
+        return length
+
+    def stored(
+        self, shape: Sequence[int], axis: int, dtype: torch.dtype
+    ) -> dict[str, Stored] | None:
+        """The parts of a weight of this shape and dtype; None if only encoding tells."""
+        return None
+
+    def bits_per_weight(
+        self, shape: Sequence[int], axis: int = -1, dtype: torch.dtype = torch.float32
+    ) -> float:
+        """Stored bits for one value of a weight of this shape and dtype, without encoding it."""
+        parts = self.stored(shape, axis, dtype)
+        if parts is None or any(-1 in sizes for _, sizes in parts.values()):
+            return self.encode(torch.ones(1, shape[axis], dtype=dtype)).bits_per_weight()
+        bits = sum(8 * kind.itemsize * math.prod(sizes) for kind, sizes in parts.values())
+        return bits / math.prod(shape)
+
+    def grid(
+        self,
+        groups: Tensor,
+        importance: Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        where: str = "",
+    ) -> Grid:
+        """Fix the parameters of groups [rows, groups, group] of float32 or float64 values.
+
+        importance: [groups, group], not negative: how much an error counts there; formats that can
+        choose their parameters by it do. dtype: of the weight, if another than that of `groups`.
+        where: names the weight in errors. A short last group is filled with its last value
+        (`affine.grouped`), at importance 0. Raises UnsupportedFormat where there is no grid.
+        """
+        raise UnsupportedFormat(
+            f"{self.name} has no grid that is fixed before its values are rounded",
+            where=where,
+            fix="use round-to-nearest for this format, or a group-wise format such as int4-g64-sym",
+        )
+
+    def nearest(self, grid: Grid, values: Tensor) -> Tensor:
+        """See `Grid.nearest`."""
+        raise self._lacks("a grid")
+
+    def encode_on(
+        self, weight: Tensor, grid: Grid, axis: int = -1, *, dtype: torch.dtype | None = None
+    ) -> Encoded:
+        """Encode with given parameters; exact for values that lie on the grid already.
+
+        weight: in its own shape, grouped along `axis`; grid: of all its rows and groups.
+        dtype: that the encoded weight shall have (default: the grid's).
+        """
+        raise self._lacks("a grid")
+
     def codes(self, encoded: Encoded) -> Tensor:
         """The unsigned codes, uint8, group axis last."""
+        raise self._lacks("codes")
 
-    @abstractmethod
     def scale(self, encoded: Encoded) -> Tensor:
         """The factor of each group [..., groups], in the format's scale dtype."""
+        raise self._lacks("scales")
 
-    @abstractmethod
     def zero_point(self, encoded: Encoded) -> Tensor | None:
         """The code of zero in each group [..., groups], uint8; None where it is implied."""
+        raise self._lacks("zero points")
 
-    @abstractmethod
-    def worst_error(self, encoded: Encoded) -> Tensor:
-        """Upper bound of |weight - decode|, float64, in the weight's own shape."""
+    def _lacks(self, what: str) -> UnsupportedFormat:
+        return UnsupportedFormat(f"the format {self.name} has no {what}")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -122,3 +194,17 @@ class Encoded:
             f"Encoded({self.format.name}, {dtype}{list(self.shape)}{axis}, "
             f"{self.bits_per_weight():.2f} bits a weight)"
         )
+
+
+@dataclass(frozen=True)
+class Family:
+    """Formats that one file declares.
+
+    pattern: of all their names; parse: the format of a match; known: the usual names, for people;
+    grammar: how names are built, in words.
+    """
+
+    pattern: str
+    parse: Callable[[re.Match[str]], Format]
+    known: tuple[str, ...]
+    grammar: str

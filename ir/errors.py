@@ -108,6 +108,10 @@ class UnsupportedGroupSize(PlanishError):
     """A group size that the layer's width, the format or the target cannot serve."""
 
 
+class UnsupportedFormat(PlanishError):
+    """A number format that a method or a caller asks for something it does not have."""
+
+
 class WrongOrder(PlanishError):
     """A pass requires a fact that does not hold at its place in the recipe."""
 

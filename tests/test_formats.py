@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from planish.ir.affine import grouped, ungrouped
 from planish.ir.errors import (
     NonFiniteWeight,
     ScaleOverflow,
@@ -17,6 +18,7 @@ from planish.ir.errors import (
     WrongOption,
 )
 from planish.ir.formats import AffineInt, Encoded, known_formats, parse_format
+from planish.ir.grid import Grid
 from planish.ir.numerics import (
     cosine,
     kl_divergence,
@@ -122,6 +124,44 @@ def test_encoding_on_the_same_grid_changes_nothing(fmt: AffineInt, weight: Tenso
     assert torch.equal(again.decode(), encoded.decode())
 
 
+@settings(max_examples=200, deadline=None)
+@given(formats(), weights(-8, 8), st.booleans())
+def test_nearest_is_what_encoding_rounds_to(fmt: AffineInt, weight: Tensor, last: bool) -> None:
+    """Group by group or at once, `nearest` and `encode_on` agree with `encode`."""
+    axis = axis_for(weight, last)
+    rows = weight.movedim(axis, -1).reshape(-1, weight.shape[axis])
+    size = fmt.grouping(rows.shape[1])
+    groups = grouped(rows.float(), size)
+    count = groups.shape[1]
+    parts = [fmt.grid(groups[:, g : g + 1], dtype=weight.dtype) for g in range(count)]
+    grid = Grid.join(parts)
+    nearest = ungrouped(grid.nearest(groups), rows.shape[1])
+    own = fmt.encode(weight, axis)
+    assert torch.equal(nearest.to(weight.dtype), own.decode().movedim(axis, -1).reshape(rows.shape))
+    placed = nearest.reshape(weight.movedim(axis, -1).shape).movedim(-1, axis)
+    assert fmt.encode_on(placed, grid, axis) == own
+    one = grid.of_groups(slice(0, 1)).nearest(groups[:, :1])
+    assert torch.equal(one, grid.nearest(groups)[:, :1])
+
+
+@settings(max_examples=50, deadline=None)
+@given(formats(scale_dtype=torch.float32), st.integers(0, 99))
+def test_a_grid_by_importance_is_no_worse(fmt: AffineInt, seed: int) -> None:
+    groups, importance = seeded(seed, 5, 3, 24), seeded(seed + 1, 3, 24).square()
+    plain, chosen = fmt.grid(groups), fmt.grid(groups, importance)
+    error = [((g.nearest(groups) - groups) ** 2 * importance).sum(-1) for g in (plain, chosen)]
+    assert bool((error[1] <= error[0] * 1.00001).all())
+
+
+@given(formats(), SHAPES, st.sampled_from(FLOATS), st.booleans())
+def test_bits_are_known_without_encoding(
+    fmt: AffineInt, sizes: tuple[int, ...], dtype: torch.dtype, last: bool
+) -> None:
+    axis = -1 if last or len(sizes) < 2 else -2
+    encoded = fmt.encode(torch.ones(sizes, dtype=dtype), axis)
+    assert fmt.bits_per_weight(sizes, axis, dtype) == encoded.bits_per_weight()
+
+
 @given(formats(), st.sampled_from([0.0, 3.0, -0.375, 2.0**-14]), st.sampled_from(FLOATS))
 def test_constant_groups_are_exact(fmt: AffineInt, value: float, dtype: torch.dtype) -> None:
     weight = torch.full((3, 70), value, dtype=dtype)
@@ -156,7 +196,7 @@ def test_blocks_of_rows_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = seeded(1, 50, 33)
     fmt = parse_format("int5-g10-asym")
     whole = fmt.encode(weight)
-    monkeypatch.setattr("planish.ir.formats._CHUNK", 100)
+    monkeypatch.setattr("planish.ir.weight_blocks.CHUNK", 100)
     assert fmt.encode(weight) == whole
     assert fmt.encode(weight.t().contiguous(), axis=0).codes().equal(whole.codes())
     assert torch.equal(whole.decode(), fmt.encode(weight).decode())
