@@ -111,13 +111,13 @@ def _entries_to_json(weights: Weights) -> tuple[dict[str, Any], dict[str, Planne
             tensors |= {parts[part]: planned(tensor) for part, tensor in entry.parts.items()}
         elif isinstance(entry, Derived):
             forms[name] = {"derived": entry.label}
-            tensors[name] = Planned(tuple(entry.shape), entry.dtype, entry.decode)
+            tensors[name] = Planned(tuple(entry.shape), entry.dtype, entry.decode, entry)
         elif isinstance(entry, Tensor):
             forms[name] = {}
             tensors[name] = planned(entry)
         else:
             forms[name] = {"decoded": type(entry).__name__}
-            tensors[name] = Planned(tuple(entry.shape), entry.dtype, entry.decode)
+            tensors[name] = Planned(tuple(entry.shape), entry.dtype, entry.decode, entry)
     return forms, tensors
 
 

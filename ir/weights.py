@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .errors import UnknownWeight
+from .memory_budget import memory_budget
 
 
 @runtime_checkable
@@ -79,6 +80,7 @@ class Weights(Mapping[str, Tensor]):
     ) -> None:
         self._entries: dict[str, Entry] = dict(entries or {})
         self.aliases: dict[str, str] = dict(aliases or {})
+        self._nbytes: int | None = None
 
     def canonical(self, name: str) -> str:
         """The name under which a weight is kept; raises UnknownWeight."""
@@ -95,11 +97,22 @@ class Weights(Mapping[str, Tensor]):
         return dense(self.entry(name))
 
     def __setitem__(self, name: str, entry: Entry) -> None:
-        self._entries[self.aliases.get(name, name)] = entry
+        """Put a weight in; where all of them exceed the memory budget, in a scratch file."""
+        name = self.aliases.get(name, name)
+        kept, old = self.nbytes(), self._entries.get(name)
+        if kept > memory_budget():
+            from .resident import release
+            from .spool import spooled
+
+            entry = spooled(entry)
+            if old is not None:
+                release(old)
+        self._entries[name] = entry
+        self._nbytes = kept + entry_bytes(entry) - (0 if old is None else entry_bytes(old))
 
     def __delitem__(self, name: str) -> None:
         name = self.canonical(name)
-        del self._entries[name]
+        self._nbytes = self.nbytes() - entry_bytes(self._entries.pop(name))
         self.aliases = {a: n for a, n in self.aliases.items() if n != name}
 
     def __iter__(self) -> Iterator[str]:
@@ -132,7 +145,9 @@ class Weights(Mapping[str, Tensor]):
 
     def nbytes(self) -> int:
         """Bytes of all entries as they are kept, each tie once."""
-        return sum(entry_bytes(entry) for entry in self._entries.values())
+        if self._nbytes is None:
+            self._nbytes = sum(entry_bytes(entry) for entry in self._entries.values())
+        return self._nbytes
 
     def parameter_count(self) -> int:
         """Logical elements of all floating-point entries, each tie once."""

@@ -1,4 +1,4 @@
-"""Tensors to one safetensors file, a tensor at a time: only one is in memory besides the source."""
+"""Tensors to one safetensors file: only one is in memory at a time, mapped sources included."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .errors import UnsupportedShape
 from .read_safetensors import DTYPES
+from .resident import release
+from .weights import Entry
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNMENT = 64
@@ -20,11 +22,15 @@ _CHUNK = 1 << 26
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor to come: its shape and dtype, and the call that makes it when it is written."""
+    """A tensor to come: its shape and dtype, and the call that makes it when it is written.
+
+    source: what the call reads; its mapped pages are given back when the tensor is written.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     make: Callable[[], Tensor]
+    source: Entry | None = None
 
     @property
     def nbytes(self) -> int:
@@ -32,7 +38,7 @@ class Planned:
 
 
 def planned(tensor: Tensor) -> Planned:
-    return Planned(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+    return Planned(tuple(tensor.shape), tensor.dtype, lambda: tensor, tensor)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Planned]) -> None:
@@ -67,6 +73,9 @@ def write_safetensors(path: Path, tensors: Mapping[str, Planned]) -> None:
         for name in order:
             for block in _blocks(tensors[name].make()):
                 stream.write(block)
+            source = tensors[name].source
+            if source is not None:
+                release(source)
 
 
 def _blocks(tensor: Tensor) -> Iterable[memoryview]:
