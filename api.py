@@ -30,6 +30,7 @@ def trace(
     *,
     dynamic_shapes: Any = None,
     kv_cache: bool = False,
+    keep_codes: bool = False,
 ) -> Program:
     """Capture a model as a Program, callable like the model.
 
@@ -37,6 +38,9 @@ def trace(
     args, kwargs: example inputs; optional where a file tells enough to make some. Batch and
     length stay free unless dynamic_shapes (as for `torch.export.export`) says otherwise.
     kv_cache: made examples are token ids alone, without a padding mask, as for decoding one text.
+    keep_codes: the weights of a GGUF file stay in the number formats of its blocks, code by code;
+    otherwise they become float32. Those of a quantized folder (GPTQ, AWQ, compressed-tensors)
+    always stay as they are.
     Raises CaptureFailed, StatefulModel, WrongInput and the errors of the file formats.
     """
     if isinstance(model, Program):
@@ -45,7 +49,9 @@ def trace(
         from .ir.capture import capture_module
 
         return capture_module(model, _as_tuple(args), kwargs, dynamic_shapes)
-    return load_program(Path(model), _as_tuple(args), dict(kwargs or {}), dynamic_shapes, kv_cache)
+    return load_program(
+        Path(model), _as_tuple(args), dict(kwargs or {}), dynamic_shapes, kv_cache, keep_codes
+    )
 
 
 def optimize(

@@ -60,7 +60,9 @@ def export(
         list[str] | None,
         typer.Option("--set", metavar="PASS.OPTION=VALUE", help="Change an option; repeatable."),
     ] = None,
-    target: Annotated[str, typer.Option(help="onnx, torch or triton.")] = "onnx",
+    target: Annotated[
+        str, typer.Option(help="onnx, torch, triton, gptq, awq, compressed-tensors or gguf.")
+    ] = "onnx",
     profile: Annotated[
         str | None, typer.Option(help="onnx: ort (the default) or standard.")
     ] = None,
@@ -84,6 +86,10 @@ def export(
     ] = None,
     kv_cache: Annotated[
         bool, typer.Option("--kv-cache", help="Write a decoder that `planish generate` runs.")
+    ] = False,
+    keep_codes: Annotated[
+        bool,
+        typer.Option("--keep-codes", help="Keep a GGUF's weights in its formats, code by code."),
     ] = False,
     verify: Annotated[str, typer.Option(help="structure, facts or numbers.")] = "facts",
     calibration: Annotated[
@@ -124,6 +130,7 @@ def export(
             target_options=parse_settings(target_options or [], "--target-set")
             | ({"arch": arch} if arch is not None else {}),
             kv_cache=kv_cache,
+            keep_codes=keep_codes,
         )
         write_json(json_file, plan_export(order) if dry_run else export_model(order))
 

@@ -138,7 +138,7 @@ def _told(
 
 def _capture(order: Order) -> Program:
     with working(f"capture {order.source}"):
-        return trace(order.source, kv_cache=order.kv_cache)
+        return trace(order.source, kv_cache=order.kv_cache, keep_codes=order.keep_codes)
 
 
 def expected_sizes(program: Program, steps: Sequence[Pass]) -> dict[str, int]:

@@ -32,6 +32,7 @@ class Order:
     force: bool = False
     target_options: dict[str, str] = field(default_factory=dict[str, str])
     kv_cache: bool = False
+    keep_codes: bool = False
 
 
 def parse_settings(settings: Sequence[str], flag: str = "--set") -> dict[str, str]:

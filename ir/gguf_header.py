@@ -50,12 +50,28 @@ _MOST_ENTRIES, _MOST_AXES = 1_000_000, 8
 
 
 @dataclass(frozen=True)
+class GgufPlace:
+    """Where a tensor lies: its number of type, bytes [start, start + nbytes) of the file."""
+
+    kind: int
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class GgufHeader:
-    """What the file says of itself; `tensors` maps a name to its shape, fastest axis last."""
+    """What the file says of itself; `tensors` maps a name to its shape, fastest axis last.
+
+    entries: the metadata's numbers and texts; of arrays only that they are there (None).
+    spans: the bytes [start, stop) of the file in which each entry, its key first, is written.
+    """
 
     version: int
     architecture: str
     tensors: dict[str, tuple[int, ...]]
+    places: dict[str, GgufPlace]
+    entries: dict[str, object]
+    spans: dict[str, tuple[int, int]]
 
 
 def read_gguf_header(file: Path) -> GgufHeader:
@@ -95,19 +111,26 @@ class _Reader:
             found = f"{tensor_count} tensors, {entry_count} entries"
             raise _corrupt(self.file, f"at most {_MOST_ENTRIES} tensors and entries", found)
         entries: dict[str, object] = {}
+        spans: dict[str, tuple[int, int]] = {}
         for _ in range(entry_count):
+            start = self.stream.tell()
             key = self.string()
             entries[key] = self.value(self.number("<I"))
+            spans[key] = (start, self.stream.tell())
         alignment = entries.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1:
             raise _corrupt(self.file, "a positive general.alignment", repr(alignment))
         architecture = entries.get("general.architecture")
         if not isinstance(architecture, str):
             raise _corrupt(self.file, "the entry general.architecture", "none")
-        return GgufHeader(version, architecture, self.tensors(tensor_count, alignment))
+        shapes, places = self.tensors(tensor_count, alignment)
+        return GgufHeader(version, architecture, shapes, places, entries, spans)
 
-    def tensors(self, count: int, alignment: int) -> dict[str, tuple[int, ...]]:
+    def tensors(
+        self, count: int, alignment: int
+    ) -> tuple[dict[str, tuple[int, ...]], dict[str, GgufPlace]]:
         shapes: dict[str, tuple[int, ...]] = {}
+        places: dict[str, GgufPlace] = {}
         last: tuple[int, str] = (0, "")
         for _ in range(count):
             name = self.string()
@@ -117,7 +140,9 @@ class _Reader:
             shapes[name] = tuple(self.number("<Q") for _ in range(axes))[::-1]
             kind, offset = self.number("<I"), self.number("<Q")
             block, block_bytes = _BLOCKS.get(kind, _UNKNOWN_BLOCK)
-            last = max(last, (offset + math.prod(shapes[name]) // block * block_bytes, name))
+            size = math.prod(shapes[name]) // block * block_bytes
+            places[name] = GgufPlace(kind, offset, size)
+            last = max(last, (offset + size, name))
         data = -(-self.stream.tell() // alignment) * alignment
         if data + last[0] > self.size:
             raise TruncatedFile(
@@ -127,7 +152,10 @@ class _Reader:
                 found=f"{self.size} bytes",
                 fix="copy or download the file again",
             )
-        return shapes
+        return shapes, {
+            name: GgufPlace(place.kind, data + place.start, place.nbytes)
+            for name, place in places.items()
+        }
 
     def number(self, form: str) -> int:
         return struct.unpack(form, self.stream.read(struct.calcsize(form)))[0]

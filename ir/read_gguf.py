@@ -12,6 +12,8 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -53,6 +55,27 @@ def gguf_folder(file: str | Path) -> Path:
         whole = Path(aside) / "folder"
         _convert(file, header, whole)
         _publish(whole, folder)
+    return folder
+
+
+def gguf_settings(file: str | Path) -> Path:
+    """A cached folder with config.json and the tokenizer of a GGUF file; its weights may lack.
+
+    Raises as `gguf_folder`.
+    """
+    file = Path(file).resolve()
+    whole = cache_folder() / "gguf" / _key(file)
+    if (whole / "config.json").is_file():
+        return whole
+    folder = whole.with_name(f"{whole.name}-settings")
+    if (folder / "config.json").is_file():
+        return folder
+    header = read_gguf_header(file)
+    _make_writable(folder.parent)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as aside:
+        made = Path(aside) / "folder"
+        _convert_settings(file, header, made)
+        _publish(made, folder)
     return folder
 
 
@@ -99,25 +122,47 @@ def _publish(whole: Path, folder: Path) -> None:
 
 def _convert(file: Path, header: GgufHeader, out: Path) -> None:
     transformers = import_transformers()
-    where = {"gguf_file": file.name, "local_files_only": True}
-    with quiet(transformers):
-        try:
-            config = transformers.AutoConfig.from_pretrained(str(file.parent), **where)
-            model = _auto_class(transformers, config).from_pretrained(
-                str(file.parent), **where, config=config, dtype=torch.float32
-            )
-        except ImportError as error:
-            raise MissingExtra(
-                "reading a GGUF file needs transformers, gguf and accelerate",
-                where=str(file),
-                found=str(error).strip().splitlines()[0],
-                fix="pip install planish[hf]",
-            ) from error
-        except (ValueError, KeyError, NotImplementedError) as error:
-            raise _unsupported(file, header, error) from error
+    with quiet(transformers), _reading(file, header):
+        config = transformers.AutoConfig.from_pretrained(str(file.parent), **_where(file))
+        model = _auto_class(transformers, config).from_pretrained(
+            str(file.parent), **_where(file), config=config, dtype=torch.float32
+        )
         _drop_quantization_marks(model)
         model.save_pretrained(str(out))
         _save_tokenizer(transformers, file, out)
+
+
+def _convert_settings(file: Path, header: GgufHeader, out: Path) -> None:
+    transformers = import_transformers()
+    with quiet(transformers), _reading(file, header):
+        config = transformers.AutoConfig.from_pretrained(str(file.parent), **_where(file))
+        found = _auto_class(transformers, config)
+        with torch.device("meta"):
+            make: Any = found if hasattr(found, "config_class") else found.from_config
+            model: Any = make(config)
+        config.architectures = [type(model).__name__]
+        config.save_pretrained(str(out))
+        _save_tokenizer(transformers, file, out)
+
+
+def _where(file: Path) -> dict[str, Any]:
+    return {"gguf_file": file.name, "local_files_only": True}
+
+
+@contextmanager
+def _reading(file: Path, header: GgufHeader) -> Generator[None]:
+    """Errors of the library's reader as ours."""
+    try:
+        yield
+    except ImportError as error:
+        raise MissingExtra(
+            "reading a GGUF file needs transformers, gguf and accelerate",
+            where=str(file),
+            found=str(error).strip().splitlines()[0],
+            fix="pip install planish[hf]",
+        ) from error
+    except (ValueError, KeyError, NotImplementedError) as error:
+        raise _unsupported(file, header, error) from error
 
 
 def _auto_class(transformers: ModuleType, config: Any) -> Any:

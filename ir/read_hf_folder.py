@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, cast
+from typing import Any, Literal, NoReturn, cast
 
 import torch
 from torch import nn
@@ -47,13 +47,13 @@ def read_hf_folder(
     settings = read_config(folder)
     stored = locate_tensors(folder)
     transformers = import_transformers()
-    config = _configuration(transformers, folder)
-    model_class = _model_class(transformers, config, settings, folder)
+    config = configuration(transformers, folder)
+    found = model_class(transformers, config, settings, folder)
     options: dict[str, Any] = {"config": config, "dtype": dtype or _main_dtype(stored)}
     if attention is not None:
         options["attn_implementation"] = attention
     with quiet(transformers):
-        model, report = model_class.from_pretrained(
+        model, report = found.from_pretrained(
             str(folder),
             **options,
             local_files_only=True,
@@ -62,7 +62,7 @@ def read_hf_folder(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    _refuse_incomplete(folder, model, report)
+    refuse_incomplete(str(folder), model, report)
     return prepare(model)
 
 
@@ -81,8 +81,11 @@ def prepare(model: nn.Module) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json; raises SourceNotFound, CorruptFile or UnsupportedCheckpoint."""
+def read_config(folder: Path, *, quantized: bool = False) -> dict[str, Any]:
+    """The folder's config.json; raises SourceNotFound, CorruptFile or UnsupportedCheckpoint.
+
+    quantized: whether it may tell of weights that are quantized already.
+    """
     refuse_pickle(folder)
     file = folder / "config.json"
     if not file.is_file():
@@ -114,7 +117,9 @@ def read_config(folder: Path) -> dict[str, Any]:
             fix="offer a folder written by save_pretrained",
         )
     settings = cast("dict[str, Any]", settings)
-    _refuse_special(file, settings)
+    _refuse_own_code(file, settings)
+    if not quantized and settings.get("quantization_config"):
+        refuse_quantized(file, settings)
     return settings
 
 
@@ -146,7 +151,7 @@ def quiet(transformers: ModuleType) -> Generator[None]:
             logging.enable_progress_bar()
 
 
-def _refuse_special(file: Path, settings: Mapping[str, Any]) -> None:
+def _refuse_own_code(file: Path, settings: Mapping[str, Any]) -> None:
     if settings.get("auto_map"):
         raise UnsupportedCheckpoint(
             "the model's code lies in its own folder, and planish runs no code of a model folder",
@@ -155,18 +160,26 @@ def _refuse_special(file: Path, settings: Mapping[str, Any]) -> None:
             found=f"auto_map: {settings['auto_map']}",
             fix="load the model yourself and pass the module to planish.trace",
         )
-    if settings.get("quantization_config"):
-        method = settings["quantization_config"].get("quant_method", "an unnamed method")
-        raise UnsupportedCheckpoint(
-            f"the checkpoint is already quantized ({method})",
-            where=str(file),
-            expected="floating-point weights",
-            found=f"quantization_config with quant_method {method}",
-            fix="offer the original checkpoint; planish quantizes it itself",
-        )
 
 
-def _configuration(transformers: ModuleType, folder: Path) -> Any:
+def refuse_quantized(
+    file: Path, settings: Mapping[str, Any], known: Sequence[str] = ()
+) -> NoReturn:
+    """Raise UnsupportedCheckpoint; known: the methods that would have been read here."""
+    how: Any = settings["quantization_config"]
+    named = how.get("quant_method") if isinstance(how, Mapping) else None
+    method = named or "an unnamed method"
+    raise UnsupportedCheckpoint(
+        f"the checkpoint is already quantized ({method})",
+        where=str(file),
+        expected="floating-point weights" + (f", or {', '.join(known)}" if known else ""),
+        found=f"quantization_config with quant_method {method}",
+        fix="offer the original checkpoint; planish quantizes it itself",
+    )
+
+
+def configuration(transformers: ModuleType, folder: Path) -> Any:
+    """What transformers makes of config.json; raises UnsupportedCheckpoint."""
     try:
         with quiet(transformers):
             return transformers.AutoConfig.from_pretrained(
@@ -181,9 +194,10 @@ def _configuration(transformers: ModuleType, folder: Path) -> Any:
         ) from error
 
 
-def _model_class(
+def model_class(
     transformers: ModuleType, config: Any, settings: Mapping[str, Any], folder: Path
 ) -> Any:
+    """The class that `architectures` names, else AutoModel; raises UnsupportedCheckpoint."""
     names = settings.get("architectures") or []
     if not names:
         return transformers.AutoModel
@@ -208,13 +222,14 @@ def _main_dtype(stored: Mapping[str, StoredTensor]) -> torch.dtype:
     return sizes.most_common(1)[0][0] if sizes else torch.float32
 
 
-def _refuse_incomplete(folder: Path, model: nn.Module, report: Mapping[str, Any]) -> None:
+def refuse_incomplete(where: str, model: nn.Module, report: Mapping[str, Any]) -> None:
+    """Raise MissingTensor, TensorMismatch or CorruptFile for what a loader could not place."""
     kind = type(model).__name__
     missing = sorted(report["missing_keys"])
     if missing:
         raise MissingTensor(
             f"the checkpoint lacks {_listed(missing)}",
-            where=str(folder),
+            where=where,
             expected=f"every parameter of {kind}, as config.json describes it",
             found=f"{len(missing)} missing; {len(report['unexpected_keys'])} stored ones unused",
             fix="check that config.json belongs to these weights",
@@ -225,14 +240,14 @@ def _refuse_incomplete(folder: Path, model: nn.Module, report: Mapping[str, Any]
         more = f" (and {len(mismatched) - 1} more)" if len(mismatched) > 1 else ""
         raise TensorMismatch(
             f"the tensor {name} has the wrong shape{more}",
-            where=str(folder),
+            where=where,
             expected=f"{list(expected)}, as config.json says for {kind}",
             found=f"{list(found)} in the checkpoint",
             fix="check that config.json belongs to these weights",
         )
     if report["error_msgs"]:
         raise CorruptFile(
-            "the checkpoint could not be loaded", where=str(folder), found=report["error_msgs"][0]
+            "the checkpoint could not be loaded", where=where, found=report["error_msgs"][0]
         )
 
 

@@ -30,4 +30,10 @@ def stack_rows(entries: Sequence[Encoded]) -> Encoded:
     return Encoded(first.format, (rows, first.shape[1]), first.dtype, -1, parts)
 
 
-__all__ = ["stack_rows", "why_not_row_stacked"]
+def slice_rows(entry: Encoded, start: int, stop: int) -> Encoded:
+    """Rows [start, stop) of an encoded weight [out, in] that `stack_rows` put together."""
+    parts = {name: part[start:stop].contiguous() for name, part in entry.parts.items()}
+    return Encoded(entry.format, (stop - start, entry.shape[1]), entry.dtype, -1, parts)
+
+
+__all__ = ["slice_rows", "stack_rows", "why_not_row_stacked"]

@@ -2,6 +2,7 @@
 
 Before: `%t = cat(%freqs, %freqs); %c = cos(%t)`. After: `%c = weight`. Values bigger than
 `max_bytes` stay as they are when folding would grow the program (a broadcast of a small weight).
+A value of weights that are kept in a number format stays as it is: folded, it would be dense.
 Equal bit for bit: the same operators run on the same values, only earlier.
 """
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.fx.node import map_arg
 
 from ..ir.edit import Editor, is_pure
+from ..ir.encoded import Encoded
 from ..ir.interpret import is_assertion
 from ..ir.program import Node, Program
 from .contract import Context, Pass, contract
@@ -26,7 +28,7 @@ class FoldConstants(Pass):
     max_bytes: a folded value may be at most this large, unless it is no larger than its sources.
     """
 
-    contract = contract("exact", requires=["functional", "dense_weights"])
+    contract = contract("exact", requires=["functional"])
     max_bytes: int = 1 << 20
 
     def run(self, program: Program, context: Context) -> None:
@@ -39,7 +41,7 @@ class FoldConstants(Pass):
             value: Any = node.meta.get("val")
             if not edge or not isinstance(value, Tensor):
                 continue
-            reason = self._too_large(program, node, value)
+            reason = _encoded(program, node) or self._too_large(program, node, value)
             if reason:
                 context.journal.declined(self.pass_name(), node, reason)
             elif context.journal.offers():
@@ -60,6 +62,14 @@ class FoldConstants(Pass):
         if size <= max(self.max_bytes, sources):
             return None
         return f"its value has {size} bytes, its sources only {sources}"
+
+
+def _encoded(program: Program, node: Node) -> str | None:
+    for source in sorted(_sources(node)):
+        entry = program.weights.entry(str(source.target))
+        if isinstance(entry, Encoded):
+            return f"%{source.target} is kept as {entry.format.name}, and would become dense"
+    return None
 
 
 def _constant_nodes(program: Program) -> set[Node]:

@@ -140,8 +140,8 @@ def unknown_option_in_a_recipe() -> Refused:
 
 
 def wrong_order_of_passes() -> Refused:
-    text = "passes: [canonicalize, quantize_weights, fold_constants]"
-    words = ("fold_constants requires 'dense_weights'", "before quantize_weights")
+    text = "passes: [canonicalize, quantize_weights, convert_to_gqa]"
+    words = ("convert_to_gqa requires 'dense_weights'", "before quantize_weights")
     return _recipe(text), "WrongOrder", words
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from captured import captured
 from planish.ir.capture import capture_module
+from planish.ir.formats import parse_format
 from planish.ir.interpret import run
 from planish.ir.text import program_text
 from planish.passes.fold_constants import FoldConstants
@@ -51,6 +52,23 @@ def test_a_broadcast_that_would_grow_the_program_is_left_alone() -> None:
     after = Pipeline([FoldConstants(max_bytes=100)]).run(before)
     (declined, *_) = after.history.records[-1].declined
     assert declined.reason == "its value has 16000 bytes, its sources only 32"
+
+
+class Turned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.weight.t() * 2)
+
+
+def test_a_value_of_an_encoded_weight_is_left_alone() -> None:
+    before = capture_module(Turned(), (torch.randn(5, 8),))
+    before.weights["weight"] = parse_format("int4-g4-sym").encode(before.weights["weight"])
+    after = Pipeline([FoldConstants()]).run(before)
+    (declined, *_) = after.history.records[-1].declined
+    assert declined.reason == "%weight is kept as int4-g4-sym, and would become dense"
 
 
 @pytest.mark.parametrize(("name", "attention"), [("llama", "sdpa"), ("gemma", "eager")])
