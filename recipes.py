@@ -132,6 +132,68 @@ def _low_bits(bits: int) -> Recipe:
     return Recipe(f"int{bits}", f"{bits}-bit weights, groups of 32; 8-bit embeddings", steps)
 
 
+_W8 = ("quantize_weights", {"bits": 8})
+_A8 = "quantize_activations"
+
+
+def _named(
+    name: str, description: str, *parts: str | tuple[str, dict[str, Any]], bits: int = 4
+) -> Recipe:
+    """A method of the field by its own name: linear layers only, groups of 64, symmetric."""
+    grid = {"bits": bits, "group_size": 64}
+    filled = [(part, grid) if isinstance(part, str) and part in _GRID else part for part in parts]
+    return Recipe(name, description, _before_fusing(*filled))
+
+
+_GRID = ("quantize_weights", "quantize_gptq", "awq")
+_METHODS = (
+    _named("rtn4", "4-bit weights, rounded to nearest", "quantize_weights"),
+    _named("gptq4", "4-bit weights by GPTQ; needs calibration", "quantize_gptq"),
+    _named("gptq3", "3-bit weights by GPTQ; needs calibration", "quantize_gptq", bits=3),
+    _named(
+        "awq4",
+        "4-bit weights, channels scaled by what they carry (AWQ); needs calibration",
+        "awq",
+        "quantize_weights",
+    ),
+    _named("hqq4", "4-bit weights with half-quadratic zero points, no calibration", "quantize_hqq"),
+    _named(
+        "nf4",
+        "4-bit NormalFloat weights in blocks of 64, scales quantized too (QLoRA)",
+        ("quantize_weights", {"format": "nf4"}),
+    ),
+    _named(
+        "mxfp4",
+        "4-bit floating-point weights in blocks of 32 (OCP MX)",
+        ("quantize_weights", {"format": "mxfp4"}),
+    ),
+    _named(
+        "fp8",
+        "8-bit floating-point weights (E4M3), a scale a channel",
+        ("quantize_weights", {"format": "fp8-e4m3-channel"}),
+    ),
+    _named(
+        "smooth-w8a8",
+        "8-bit weights and activations after SmoothQuant; needs calibration",
+        ("smooth", {"search": True}),
+        _W8,
+        _A8,
+    ),
+    _named(
+        "llm-int8",
+        "8-bit weights and activations, outlier columns of the activations in floats (LLM.int8)",
+        _W8,
+        (_A8, {"scheme": "llm_int8"}),
+    ),
+    _named(
+        "ternary",
+        "weights of -1, 0 and 1 with 8-bit activations (BitNet b1.58): for models trained so",
+        ("quantize_weights", {"format": "ternary-channel"}),
+        _A8,
+    ),
+)
+
+
 _BUILT_IN = (
     Recipe("raise", "recognize norms, rotary embeddings, gates and attention", _RAISE),
     Recipe("exact", "the same function, faster: raise and fuse, nothing lossy", _EXACT),
@@ -143,6 +205,7 @@ _BUILT_IN = (
     _low_bits(4),
     _low_bits(3),
     _low_bits(2),
+    *_METHODS,
 )
 
 
