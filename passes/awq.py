@@ -53,7 +53,12 @@ class Awq(WeightQuantizer):
     divide_by_weights: bool = False
     kinds: str = ""
 
-    contract = contract("bounded", requires=["functional", "dense_weights"], needs=["calibration"])
+    contract = contract(
+        "bounded",
+        requires=["functional", "dense_weights"],
+        needs=["calibration"],
+        rounds_weights=True,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

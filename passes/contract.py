@@ -31,6 +31,8 @@ class Contract:
     value. min_sqnr: for LOSSY, the least signal-to-quantization-noise ratio (dB) of each changed
     weight. requires, ensures, breaks: facts. needs: "calibration" if batches must be given.
     changes_interface: the pass adds inputs or outputs, so it compares the programs itself.
+    rounds_weights: for BOUNDED, the pass writes weights that it computed, rounded once; so float64
+    runs may differ by as much as is allowed for the program's own rounding.
     """
 
     fidelity: Fidelity
@@ -41,6 +43,7 @@ class Contract:
     growth: float = 8.0
     min_sqnr: float = 0.0
     changes_interface: bool = False
+    rounds_weights: bool = False
 
 
 def contract(
@@ -53,6 +56,7 @@ def contract(
     growth: float = 8.0,
     min_sqnr: float = 0.0,
     changes_interface: bool = False,
+    rounds_weights: bool = False,
 ) -> Contract:
     """A Contract from plain lists."""
     return Contract(
@@ -64,6 +68,7 @@ def contract(
         growth,
         min_sqnr,
         changes_interface,
+        rounds_weights,
     )
 
 

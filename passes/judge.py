@@ -14,7 +14,7 @@ from ..ir.history import Measured
 from ..ir.numerics import sqnr
 from ..ir.program import Program
 from ..ir.rewrite import Journal
-from ..ir.verify import WIDE_LIMIT, Deviation, Yardstick, check_structure, unchanged_nodes
+from ..ir.verify import Deviation, Yardstick, check_structure, unchanged_nodes
 from .contract import Context, Fidelity, Pass
 
 Progress = Callable[[int, int, str], None]
@@ -67,8 +67,8 @@ class Verdict:
             return f"{d.nans} NaNs that were not there"
         if d.limit == 0:
             return f"not the same bits (relative difference {d.outgoing:.2g})"
-        if d.wide > WIDE_LIMIT:
-            return f"float64 runs differ by {d.wide:.2g}, allowed {WIDE_LIMIT:.2g}"
+        if d.wide > d.wide_limit:
+            return f"float64 runs differ by {d.wide:.2g}, allowed {d.wide_limit:.2g}"
         return f"error {d.outgoing:.2g} against float64, allowed {d.limit:.2g}"
 
 
@@ -180,7 +180,8 @@ def verify_numbers(
     """
     if step.contract.fidelity is Fidelity.LOSSY:
         return _verify_budget(step, before, after, journal, yardstick)
-    found = yardstick.compare(after, journal.final_pairs(), step.contract.growth)
+    rounded, pairs = step.contract.rounds_weights, journal.final_pairs()
+    found = yardstick.compare(after, pairs, step.contract.growth, rounds_weights=rounded)
     return Verdict(_measured(found, yardstick.exact), next((d for d in found if d.broken), None))
 
 
@@ -193,7 +194,7 @@ def _measured(found: Sequence[Deviation], exact: bool) -> list[Measured]:
     if not exact:
         wide = max(found, key=lambda d: d.wide)
         name = "difference of float64 runs"
-        measured.append(Measured(name, 0.0, wide.wide, WIDE_LIMIT, wide.after))
+        measured.append(Measured(name, 0.0, wide.wide, wide.wide_limit, wide.after))
     return measured
 
 

@@ -51,7 +51,12 @@ class Smooth(Pass):
     activations: str = "tensor"
     kinds: str = ""
 
-    contract = contract("bounded", requires=["functional", "dense_weights"], needs=["calibration"])
+    contract = contract(
+        "bounded",
+        requires=["functional", "dense_weights"],
+        needs=["calibration"],
+        rounds_weights=True,
+    )
 
     def __post_init__(self) -> None:
         wanted_kinds(self.kinds, self.pass_name())
