@@ -33,6 +33,9 @@ class Format(ABC):
     """Whether the grid of a group depends on that group's values alone, so that `grid` may be
     asked group by group; else it must see all rows and groups of a weight at once."""
 
+    shared_parts: ClassVar[frozenset[str]] = frozenset()
+    """Stored parts that are the whole weight's, not [*rows_shape[:-1], ...]."""
+
     @property
     @abstractmethod
     def name(self) -> str:

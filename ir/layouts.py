@@ -82,6 +82,35 @@ class BitPacked:
         return packed.unsqueeze(-1).view(torch.uint8)[..., : self.bits].flatten(-2)
 
 
+@dataclass(frozen=True)
+class TritPacked:
+    """Codes 0, 1 and 2, five a byte along the last axis: 1.6 bits each.
+
+    A byte is the sum of code i times 3^i; the row's last byte is filled with zeros.
+    """
+
+    def stored(self, length: int) -> int:
+        """Bytes of a row of `length` codes."""
+        return -(-length // 5)
+
+    def pack(self, codes: Tensor) -> Tensor:
+        """uint8 [..., length] to uint8 [..., stored(length)]."""
+        padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 5)).unflatten(-1, (-1, 5))
+        packed = padded[..., 4]
+        for i in (3, 2, 1, 0):
+            packed = packed * 3 + padded[..., i]
+        return packed.contiguous()
+
+    def unpack(self, packed: Tensor, length: int) -> Tensor:
+        """The inverse of `pack`."""
+        codes = torch.empty((*packed.shape, 5), dtype=torch.uint8, device=packed.device)
+        rest = packed
+        for i in range(5):
+            codes[..., i] = rest % 3
+            rest = rest // 3
+        return codes.flatten(-2)[..., :length].contiguous()
+
+
 def widen(codes: Tensor, bits: int, to_bits: int) -> Tensor:
     """Codes (or zero points) of a narrow width as codes of a wider one with the same values.
 

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .encoded import Encoded
+from .encoded import Encoded, Stored
 from .errors import CorruptFile, OutputExists, PlanishError, SourceNotFound
 from .formats import parse_format
 from .graph_json import graph_from_json, graph_to_json
@@ -222,20 +222,38 @@ def _encoded(entry: dict[str, Any], tensors: dict[str, Tensor]) -> Encoded:
     parts = {part: tensors[key] for part, key in entry["parts"].items()}
     shape = tuple(int(size) for size in entry["shape"])
     fmt, dtype, axis = parse_format(entry["format"]), dtype_of(entry["dtype"]), int(entry["axis"])
-    probe = fmt.encode(torch.ones([1] * len(shape), dtype=dtype), axis)
-    if parts.keys() != probe.parts.keys():
-        raise ValueError(f"parts {sorted(parts)} for the format {fmt.name}")
     encoded = Encoded(fmt, shape, dtype, axis, parts)
-    _check_parts(encoded)
+    declared = fmt.stored(shape, axis, dtype)
+    if declared is None:
+        declared = _declared_by_probe(encoded)
+    if parts.keys() != declared.keys():
+        raise ValueError(f"parts {sorted(parts)} for the format {fmt.name}")
+    for name, (kind, sizes) in declared.items():
+        _check_part(encoded, name, kind, sizes)
     return encoded
 
 
-def _check_parts(encoded: Encoded) -> None:
-    """Parts that do not span the shape would be read past their end."""
-    rows = encoded.rows_shape[:-1]
-    for name, part in encoded.parts.items():
-        if tuple(part.shape[:-1]) != rows:
-            raise ValueError(f"{name} is {list(part.shape)} for a weight {list(encoded.shape)}")
+def _declared_by_probe(encoded: Encoded) -> dict[str, Stored]:
+    """Names, dtypes and leading axes of the parts, for a format that declares no more."""
+    ones = torch.ones([1] * len(encoded.shape), dtype=encoded.dtype)
+    probe, rows = encoded.format.encode(ones, encoded.axis), encoded.rows_shape[:-1]
+    shared = encoded.format.shared_parts
+    return {
+        name: (part.dtype, (-1,) * part.dim() if name in shared else (*rows, -1))
+        for name, part in probe.parts.items()
+    }
+
+
+def _check_part(encoded: Encoded, name: str, kind: torch.dtype, sizes: tuple[int, ...]) -> None:
+    """Parts that do not span the shape would be read past their end. Floats may be of any width."""
+    part = encoded.parts[name]
+    fits = len(sizes) == part.dim() and all(
+        wanted in (-1, size) for wanted, size in zip(sizes, part.shape, strict=True)
+    )
+    same = part.dtype == kind or (part.is_floating_point() and kind.is_floating_point)
+    if not fits or not same:
+        found = f"{part.dtype} {list(part.shape)}"
+        raise ValueError(f"{name} is {found} for a weight {list(encoded.shape)}")
 
 
 def _examples(forms: list[Any], folder: Path, where: str) -> tuple[Any, ...]:
