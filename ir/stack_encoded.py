@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from .encoded import Encoded
+from .resident import release
 
 
 def why_not_row_stacked(entries: Sequence[Encoded]) -> str | None:
@@ -26,6 +27,7 @@ def stack_rows(entries: Sequence[Encoded]) -> Encoded:
     """One weight of all rows, every stored part concatenated; decodes to the same values."""
     first = entries[0]
     parts = {name: torch.cat([entry.parts[name] for entry in entries]) for name in first.parts}
+    release(*entries)
     rows = sum(entry.shape[0] for entry in entries)
     return Encoded(first.format, (rows, first.shape[1]), first.dtype, -1, parts)
 

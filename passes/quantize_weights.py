@@ -16,6 +16,7 @@ from functools import partial
 from ..ir.formats import AffineInt, Format
 from ..ir.least_squares_grid import encode_least_squares
 from ..ir.program import Program
+from ..ir.resident import expect
 from ..ir.weight_roles import Role
 from .contract import Context
 from .weight_plan import WeightQuantizer
@@ -35,6 +36,8 @@ class QuantizeWeights(WeightQuantizer):
         chosen = self.planned(program, context.journal)
         for done, (role, fmt) in enumerate(chosen):
             context.progress(done, len(chosen), role.name)
+            for following, _ in chosen[done + 1 : done + 2]:
+                expect(program.weights.entry(following.name))
             if context.journal.offers():
                 assert role.axis is not None
                 encode = self._encoder(role, fmt)
