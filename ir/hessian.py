@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 _BLOCK = 256
+_ENOUGH = 0.005
+"""Damping that outweighs the rounding of float32 sums, so that no factor needs to be tried."""
 
 
 class Hessian:
@@ -51,16 +53,17 @@ def damped(hessian: Tensor, damp: float) -> tuple[Tensor, str]:
     Channels that are always zero get a one on their diagonal. The damping grows tenfold until the
     factor exists; the sentence says what was unusual, or "".
     """
-    wide = hessian.double()
+    wide = hessian.double().clone()
     diagonal = wide.diagonal()
     dead = diagonal <= 0
     said = f"{int(dead.sum())} dead input channels" if bool(dead.any()) else ""
     scale = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
-    wide = wide + torch.diag(dead.double() * scale)
+    wide.diagonal().add_(dead.double() * scale)
     used = damp
     while True:
-        tried = wide + torch.eye(len(wide), dtype=wide.dtype) * (used * scale)
-        if int(torch.linalg.cholesky_ex(tried).info) == 0:
+        tried = wide.clone()
+        tried.diagonal().add_(used * scale)
+        if used >= _ENOUGH or int(torch.linalg.cholesky_ex(tried).info) == 0:
             break
         used = max(used * 10, 1e-8)
     if used != damp:
@@ -76,8 +79,21 @@ def inverse_factor(hessian: Tensor) -> Tensor:
     H = R R^T with R upper triangular, so U = R^-1, which never inverts H itself.
     """
     backwards = torch.linalg.cholesky(hessian.double().flip(0, 1))
-    one = torch.eye(len(hessian), dtype=torch.float64)
-    return torch.linalg.solve_triangular(backwards.flip(0, 1), one, upper=True)
+    return _inverse_upper(backwards.flip(0, 1))
+
+
+def _inverse_upper(matrix: Tensor) -> Tensor:
+    """The inverse of an upper triangular matrix, by halves: mostly products."""
+    size = len(matrix)
+    if size <= _BLOCK:
+        one = torch.eye(size, dtype=matrix.dtype)
+        return torch.linalg.solve_triangular(matrix, one, upper=True)
+    at = size // 2
+    result = torch.zeros_like(matrix)
+    result[:at, :at] = _inverse_upper(matrix[:at, :at])
+    result[at:, at:] = _inverse_upper(matrix[at:, at:])
+    result[:at, at:] = -(result[:at, :at] @ matrix[:at, at:]) @ result[at:, at:]
+    return result
 
 
 def output_error(error: Tensor, hessian: Tensor) -> Tensor:
