@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 
+from ..ir.affine_form import affine_form
 from ..ir.edit import Editor, value_of
 from ..ir.pattern import bound_arguments
-from ..ir.program import Node, Program
+from ..ir.program import Program
 from ..kernels.attention_cpu import why_not as attention_why_not
-from ..kernels.linear_affine import PackedAffine, pack
+from .lower_affine import affine_parts, affine_product, affine_rows
+from .lower_cpu_int8 import lower_int8
 from .select import Choice, select
 
 _ATEN = torch.ops.aten
@@ -40,45 +42,31 @@ def pack_weights(program: Program) -> tuple[Program, list[str]]:
     """A copy with packed kernels for encoded weights, and a sentence for each of these."""
     lowered = program.copy()
     editor = Editor(lowered)
+    sentences = lower_int8(editor)
     selection = select(lowered)
     for choice in selection.choices:
         if not choice.declined:
             _use_packed(editor, choice)
     editor.sweep()
-    return lowered, selection.sentences
+    return lowered, sentences + selection.sentences
 
 
 def _use_packed(editor: Editor, choice: Choice) -> None:
-    packed = pack(choice.entry)
-    parts = _packed_weights(editor, choice.name, packed)
+    form = affine_form(choice.entry)
+    assert form is not None
+    parts = affine_parts(editor, choice.name, form)
     for product in choice.products:
         given = bound_arguments(product)
         activations, bias = _PARTS[product.target]
         with editor.at(product):
-            new = editor.emit(
-                torch.ops.planish.linear_affine.default,
-                given[activations],
-                *parts,
-                given[bias] if bias else None,
-                *packed.sizes,
-            )
+            new = affine_product(editor, parts, given[activations], given[bias] if bias else None)
         editor.replace(product, new)
     for table in choice.tables:
         with editor.at(table):
-            ids = bound_arguments(table)["indices"]
-            new = editor.emit(torch.ops.planish.rows_affine.default, ids, *parts, *packed.sizes)
+            new = affine_rows(editor, parts, bound_arguments(table)["indices"])
             if choice.entry.dtype != torch.float32:
                 new = editor.emit(_ATEN._to_copy.default, new, dtype=choice.entry.dtype)
         editor.replace(table, new)
-
-
-def _packed_weights(editor: Editor, name: str, packed: PackedAffine) -> list[Node | None]:
-    """Nodes of codes, scale and zero."""
-    parts = {"codes": packed.codes, "scale": packed.scale, "zero": packed.zero}
-    return [
-        None if part is None else editor.weight(f"{name}.packed_{kind}", part)
-        for kind, part in parts.items()
-    ]
 
 
 def _lower_attention(editor: Editor) -> list[str]:

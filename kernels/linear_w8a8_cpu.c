@@ -33,3 +33,23 @@ void planish_quantize_rows(const float *x, int8_t *codes, float *scale, int64_t 
   for (int64_t t = 0; t < tokens; t++)
     scale[t] = quantize_row(x + t * length, codes + t * length, length);
 }
+
+/* out [count, rows]: `count` columns of the weight, as the values that they stand for. */
+void planish_affine_columns(const int64_t *columns, const uint8_t *codes, const float *scale,
+                            const float *zero, float *out, int64_t count, int64_t rows,
+                            int64_t length, int64_t group, int64_t tile_bytes, int64_t bits) {
+  const int64_t groups = (length + group - 1) / group, per = codes_in_word((int)bits);
+  const int centre = 1 << (bits - 1), mask = (1 << bits) - 1;
+  for (int64_t i = 0; i < count; i++) {
+    const int64_t g = columns[i] / group, k = columns[i] % group;
+    const int64_t shift = k % 4 * 8 + k % per / 4 * bits;
+    const uint8_t *from = codes + g * group_bytes((int)bits, group) + k / per * LANES * 4;
+    for (int64_t row = 0; row < rows; row++) {
+      const int64_t tile = row / LANES, lane = row % LANES, at = (tile * groups + g) * LANES + lane;
+      uint32_t word;
+      memcpy(&word, from + tile * tile_bytes + lane * 4, 4);
+      const int code = (int)(word >> shift & mask) - centre;
+      out[i * rows + row] = ((float)code - (zero ? zero[at] : 0)) * scale[at];
+    }
+  }
+}

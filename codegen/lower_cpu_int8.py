@@ -1,0 +1,139 @@
+"""Lower products on quantized activations for the CPU: codes in, integer sums, scaled once."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ir.edit import Editor, value_of
+from ..ir.encoded import Encoded
+from ..ir.format_columns import PLACES, VALUES, WithColumns
+from ..ir.pattern import bound_arguments
+from ..ir.program import Node
+from ..ir.text import value_names
+from ..kernels.catalog import kernels
+from ..kernels.linear_affine import pack
+from ..kernels.linear_w8a8_cpu import code_sums
+from .select_int8 import RoundedProduct, rounded_products, sentence
+
+_ATEN = torch.ops.aten
+_OPS = torch.ops.planish
+
+
+def lower_int8(editor: Editor) -> list[str]:
+    """The integer kernel for every product that can; a sentence for each on rounded activations."""
+    names = value_names(editor.graph)
+    lowering = _Lowering(editor)
+    sentences: list[str] = []
+    for product in rounded_products(editor.program):
+        sentences.append(sentence(product, names))
+        if not product.declined:
+            lowering.replace(product)
+    editor.sweep()
+    return sentences
+
+
+class _Lowering:
+    """Codes are made once for each value, packed parts once for each weight."""
+
+    def __init__(self, editor: Editor) -> None:
+        self.editor = editor
+        self.codes: dict[Node, tuple[Node, Node, Node | None]] = {}
+        self.outliers: dict[Node, Node] = {}
+
+    def replace(self, product: RoundedProduct) -> None:
+        editor, node, entry = self.editor, product.node, product.entry
+        assert entry is not None
+        codes, scale, zero = self._codes(product.rounded)
+        rest = _rest(entry)
+        packed = pack(rest)
+        sums = None if zero is None else code_sums(rest)
+        parts = {"codes": packed.codes, "scale": packed.scale, "zero": packed.zero, "sums": sums}
+        weight = [self._part(product, f"packed_{kind}", part) for kind, part in parts.items()]
+        kept = [self._part(product, kind, part) for kind, part in _kept(entry).items()]
+        with editor.at(node):
+            given = [self._viewed(codes, product), scale, zero, *weight, product.bias]
+            target: Any = _OPS.linear_w8a8_cpu.default
+            if product.kernel == "linear_llm_int8_cpu":
+                target = _OPS.linear_llm_int8_cpu.default
+                given += [*self._outliers(product), *kept]
+            new = editor.emit(target, *given, *packed.sizes)
+            dtype = value_of(node).dtype
+            if dtype != torch.float32:
+                new = editor.emit(_ATEN._to_copy.default, new, dtype=dtype)
+        editor.replace(node, new)
+
+    def _viewed(self, value: Node, product: RoundedProduct) -> Node:
+        for view in product.views:
+            value = self.editor.emit(view.target, value, *view.args[1:], **view.kwargs)
+        return value
+
+    def _outliers(self, product: RoundedProduct) -> tuple[Node | None, Node | None]:
+        """The values that may be outliers, and the columns that are."""
+        if not product.keeps_outliers:
+            return None, None
+        x = bound_arguments(product.rounded)["x"]
+        return self._viewed(x, product), self.outliers[product.rounded]
+
+    def _codes(self, rounded: Node) -> tuple[Node, Node, Node | None]:
+        """Codes, scale and zero point of a rounded value."""
+        if rounded not in self.codes:
+            given = bound_arguments(rounded)
+            if rounded.target is _OPS.round_regular.default:
+                self.codes[rounded] = self._regular_codes(rounded, given)
+            else:
+                quantize: Node = given["codes"]
+                scale: Node = given["scale"]
+                fast = self._fast_codes(quantize, scale)
+                self.codes[rounded] = fast or (quantize, scale, given["zero"])
+        return self.codes[rounded]
+
+    def _regular_codes(
+        self, rounded: Node, given: dict[str, Any]
+    ) -> tuple[Node, Node, Node | None]:
+        """Codes of all but the outlier columns, which are zeros here."""
+        editor, x = self.editor, given["x"]
+        with editor.at(rounded):
+            columns = editor.emit(_OPS.outlier_columns.default, x, given["threshold"])
+            regular = editor.emit(_ATEN.masked_fill.Scalar, x, columns, 0.0)
+            scale = editor.emit(_OPS.activation_scale.default, regular, "token")
+            codes = editor.emit(_OPS.quantize.default, regular, scale)
+        self.outliers[rounded] = columns
+        return self._fast_codes(codes, scale) or (codes, scale, None)
+
+    def _fast_codes(self, quantize: Node, scale: Node) -> tuple[Node, Node, None] | None:
+        """Codes by token from one kernel, where what is rounded is float32."""
+        if quantize.target is not _OPS.quantize.default:
+            return None
+        if scale.target is not _OPS.activation_scale.default:
+            return None
+        read, found = bound_arguments(quantize), bound_arguments(scale)
+        if found["per"] != "token" or not found["symmetric"] or found["x"] is not read["x"]:
+            return None
+        if kernels()["quantize_rows_cpu"].why_not(value_of(read["x"]).dtype):
+            return None
+        with self.editor.at(quantize):
+            both = self.editor.emit(_OPS.quantize_rows_cpu.default, read["x"])
+            codes, steps = (self.editor.emit(operator.getitem, both, place) for place in (0, 1))
+        return codes, steps, None
+
+    def _part(self, product: RoundedProduct, kind: str, part: Tensor | None) -> Node | None:
+        if part is None:
+            return None
+        name = f"{product.weight.target}.{kind}"
+        known = name in self.editor.program.weights
+        return self.editor.weight(name) if known else self.editor.weight(name, part)
+
+
+def _rest(entry: Encoded) -> Encoded:
+    """What of a weight is on the integer grid."""
+    fmt = entry.format
+    return fmt.rest(entry) if isinstance(fmt, WithColumns) else entry
+
+
+def _kept(entry: Encoded) -> dict[str, Tensor | None]:
+    """Columns that a weight keeps in 16 bits and their values [rows, kept], or two Nones."""
+    return {name: entry.parts.get(name) for name in (PLACES, VALUES)}
