@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
-from ..ir.errors import UnknownWeight, UnsupportedGroupSize, WrongOption
+from ..ir.errors import UnsupportedGroupSize, WrongOption
 from ..ir.formats import AffineInt, Format, parse_format
 from ..ir.program import Program
 from ..ir.rewrite import Journal
 from ..ir.weight_roles import Role, weight_roles
 from .contract import Pass, contract
+from .layer_patterns import LayerPatterns
 
 SCALES = {"weight": None, "float32": torch.float32, "float16": torch.float16}
 
@@ -70,29 +70,23 @@ class WeightQuantizer(Pass):
         return None if self.embeddings == "none" else parse_format(self.embeddings)
 
     @property
-    def override_formats(self) -> list[tuple[str, Format | None]]:
-        """(pattern, format or None) in order; raises WrongOption and UnknownFormat."""
-        found: list[tuple[str, Format | None]] = []
-        for entry in filter(None, (part.strip() for part in self.overrides.split(";"))):
-            pattern, equals, name = (part.strip() for part in entry.rpartition("="))
-            if not equals or not pattern:
-                raise WrongOption(
-                    f"option {self.pass_name()}.overrides cannot hold {entry!r}",
-                    expected="PATTERN=FORMAT; PATTERN=none",
-                    found=repr(entry),
-                    fix='for example "*.down_proj=int8-g64-sym; lm_head=none"',
-                )
-            found.append((pattern, None if name == "none" else parse_format(name)))
+    def override_formats(self) -> LayerPatterns:
+        """Raises WrongOption and UnknownFormat."""
+        found = LayerPatterns.parse(self.overrides, f"{self.pass_name()}.overrides")
+        for _, name in found.choices:
+            _named(name)
         return found
 
     def planned(self, program: Program, journal: Journal) -> list[tuple[Role, Format]]:
         """The weights to encode and their formats, in graph order; the others are declined.
 
-        Raises UnsupportedGroupSize, and UnknownWeight for an override that names nothing.
+        Raises UnsupportedGroupSize, and UnknownOption for an override that names nothing.
         """
         roles = weight_roles(program)
-        self._check_overrides(program, roles)
-        offered = [(role, self._format_for(program, role, journal)) for role in roles]
+        overrides = self.override_formats
+        names = [name for role in roles for name in program.weights.names_of(role.name)]
+        overrides.check(names, f"option {self.pass_name()}.overrides")
+        offered = [(role, self._format_for(program, role, overrides, journal)) for role in roles]
         chosen = [(role, fmt) for role, fmt in offered if fmt is not None]
         for role, fmt in chosen:
             self._check_width(role, fmt)
@@ -103,30 +97,26 @@ class WeightQuantizer(Pass):
         change = 0
         for role, fmt in self.planned(program, Journal(program)):
             assert role.axis is not None
-            width = int(role.value.shape[role.axis])
-            row = fmt.encode(torch.ones(1, width, dtype=role.value.dtype))
-            change += row.nbytes() * (role.value.numel() // width) - role.value.nbytes
+            shape = [int(size) for size in role.value.shape]
+            bits = fmt.bits_per_weight(shape, role.axis, role.value.dtype)
+            change += round(bits * role.value.numel() / 8) - role.value.nbytes
         return change
 
-    def _check_overrides(self, program: Program, roles: list[Role]) -> None:
-        names = [name for role in roles for name in _names(program, role)]
-        for pattern, _ in self.override_formats:
-            if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-                where = f"option {self.pass_name()}.overrides"
-                raise UnknownWeight.named(pattern, names, where=where)
-
-    def _format_for(self, program: Program, role: Role, journal: Journal) -> Format | None:
+    def _format_for(
+        self, program: Program, role: Role, overrides: LayerPatterns, journal: Journal
+    ) -> Format | None:
         """The format of one weight, or None with the reason in the journal."""
         if not role.matmuls and not role.tables:
             return None
         fmt = self.table_format if role.tables else self.linear_format
         reason = None if fmt is not None else "a looked-up table; the option embeddings is none"
-        for pattern, wanted in self.override_formats:
-            if _matches(pattern, _names(program, role)):
-                fmt, reason = wanted, None if wanted else f"the override {pattern}=none"
-        if any(fnmatch.fnmatch(role.name, p.strip()) for p in self.skip.split(",")):
+        for name in program.weights.names_of(role.name):
+            if (choice := overrides.of(name)) is not None:
+                fmt, reason = _named(choice), "set to none by the option overrides"
+        skipped = any(fnmatch.fnmatch(role.name, p.strip()) for p in self.skip.split(","))
+        if skipped:
             reason = "named in the option skip"
-        reason = reason or _hindrance(role)
+        reason = _hindrance(role) if fmt is not None and not skipped else reason
         if reason:
             journal.declined(self.pass_name(), role.name, reason)
             return None
@@ -162,11 +152,5 @@ def _hindrance(role: Role) -> str | None:
     return None
 
 
-def _names(program: Program, role: Role) -> list[str]:
-    """What an override may call a weight: its names, and the paths of their modules."""
-    own = program.weights.names_of(role.name)
-    return [*own, *(path for name in own if (path := name.rpartition(".")[0]))]
-
-
-def _matches(pattern: str, names: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for name in names)
+def _named(name: str) -> Format | None:
+    return None if name == "none" else parse_format(name)
