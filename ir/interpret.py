@@ -26,14 +26,16 @@ def run(
     float64: bool = False,
     watch: Watch | None = None,
     weight: Callable[[str], Tensor] | None = None,
+    gradients: bool = False,
 ) -> list[Any]:
     """Run on flat inputs; returns flat outputs.
 
     float64: every floating-point input, weight, cast and constant is widened to float64, which
     makes the run a yardstick for the rounding of the others. watch: called with every computed
     node and its value, in order. weight: reads a weight by name (default: the program's own).
+    gradients: record them for what the watch marks with `requires_grad_`.
     """
-    with torch.no_grad(), _default_dtype(float64):
+    with torch.set_grad_enabled(gradients), _default_dtype(float64):
         return _Run(program, float64, watch, weight or program.weights.__getitem__).outputs(inputs)
 
 
