@@ -16,13 +16,14 @@ from ..ir.write_safetensors import Planned, write_safetensors
 from .checkpoint_source import CheckpointModel
 
 SHARD_BYTES = 5_000_000_000
+_METADATA = {"format": "pt"}
 DTYPES = {"keep": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def planned_entry(entry: Entry, dtype: torch.dtype | None) -> Planned:
     """A dense tensor of a checkpoint, made when it is written; dtype: of floating-point ones."""
     kept = entry.dtype if dtype is None or not entry.dtype.is_floating_point else dtype
-    return Planned(tuple(entry.shape), kept, lambda: dense(entry).to(kept))
+    return Planned(tuple(entry.shape), kept, lambda: dense(entry).to(kept), entry)
 
 
 def planned_tensor(tensor: Tensor, dtype: torch.dtype | None = None) -> Planned:
@@ -46,12 +47,12 @@ def write_folder(
     """Write the tensors and what stands beside them; untied: a head got weights of its own."""
     shards = _shards(tensors, shard_bytes)
     if len(shards) == 1:
-        write_safetensors(folder / "model.safetensors", shards[0])
+        write_safetensors(folder / "model.safetensors", shards[0], _METADATA)
     else:
         weight_map: dict[str, str] = {}
         for number, shard in enumerate(shards, 1):
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            write_safetensors(folder / name, shard)
+            write_safetensors(folder / name, shard, _METADATA)
             weight_map |= dict.fromkeys(shard, name)
         total = sum(tensor.nbytes for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

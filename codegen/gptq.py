@@ -1,7 +1,9 @@
 """Target gptq: a folder that GPTQModel, transformers and vLLM load, codes bit for bit.
 
-A layer is qweight, qzeros, scales and g_idx. Zero points are stored less one (checkpoint_format
-gptq) unless one of them is zero, which that form cannot say: then it is gptq_v2.
+A layer is qweight, qzeros, scales and g_idx. checkpoint_format gptq stores zero points less one,
+which cannot say zero, and GPTQModel refuses it for asymmetric layers unless it wrote them; gptq_v2
+stores them as they are, and older releases of vLLM take it for gptq. auto: gptq where all layers
+are symmetric, else gptq_v2.
 """
 
 from __future__ import annotations
@@ -9,11 +11,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..ir.errors import UnsupportedByTarget
 from ..ir.layout_gptq import GptqLayout
 from ..ir.program import Program
 from ..ir.weights import Entry
@@ -29,7 +34,8 @@ def export(
     program: Program, folder: Path, profile: str, metadata: Mapping[str, Any], **options: Any
 ) -> dict[str, Any]:
     """Write the folder. Raises UnsupportedByTarget."""
-    return _FORMAT.write(program, folder, options)
+    settings = partial(_settings, form=options["checkpoint_format"])
+    return replace(_FORMAT, settings=settings).write(program, folder, options)
 
 
 def _layer(name: str, entry: Entry) -> Layer | None:
@@ -62,7 +68,7 @@ def _tensors(
     return {f"{layer.path}.{ending}": tensor for ending, tensor in made.items()}
 
 
-def _settings(layers: Layers) -> dict[str, Any]:
+def _settings(layers: Layers, form: str = "auto") -> dict[str, Any]:
     """quantization_config; what differs from the usual layer stands in `dynamic`."""
     found = layers.quantized.values()
     kinds = {layer.path: (layer.bits, layer.group_size or -1) for layer in found}
@@ -73,7 +79,10 @@ def _settings(layers: Layers) -> dict[str, Any]:
         if kind != (bits, size)
     }
     dynamic |= {f"-:^{re.escape(path)}$": {} for path in layers.dense if path != "lm_head"}
-    zero_at_zero = any(bool((layer.zero_point() == 0).any()) for layer in found)
+    if form == "auto":
+        form = "gptq" if all(layer.symmetric for layer in found) else "gptq_v2"
+    if form == "gptq":
+        _refuse_zero(layers)
     return {
         "quant_method": "gptq",
         "bits": bits,
@@ -81,11 +90,23 @@ def _settings(layers: Layers) -> dict[str, Any]:
         "desc_act": any(layer.ordered for layer in found),
         "sym": all(layer.symmetric for layer in found),
         "lm_head": "lm_head" in kinds,
-        "checkpoint_format": "gptq_v2" if zero_at_zero else "gptq",
+        "checkpoint_format": form,
         "pack_dtype": "int32",
         **({"dynamic": dynamic} if dynamic else {}),
         "meta": {"quantizer": [f"planish:{planish_version()}"]},
     }
+
+
+def _refuse_zero(layers: Layers) -> None:
+    for name, layer in layers.quantized.items():
+        if not layer.symmetric and bool((layer.zero_point() == 0).any()):
+            raise UnsupportedByTarget(
+                f"checkpoint_format gptq cannot hold the zero points of {name}",
+                where=name,
+                expected="zero points from 1 on, since they are stored less one",
+                found="a zero point of 0",
+                fix="use checkpoint_format=gptq_v2, or quantize symmetrically",
+            )
 
 
 _FORMAT = CheckpointFormat(
@@ -102,6 +123,6 @@ TARGET = Target(
     export,
     profiles=("gptq",),
     doc="a GPTQ checkpoint for vLLM, GPTQModel and transformers",
-    options=OPTIONS,
+    options={"checkpoint_format": ("auto", "gptq", "gptq_v2"), **OPTIONS},
     open_options=OPEN_OPTIONS,
 )

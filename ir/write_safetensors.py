@@ -41,13 +41,16 @@ def planned(tensor: Tensor) -> Planned:
     return Planned(tuple(tensor.shape), tensor.dtype, lambda: tensor, tensor)
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Planned]) -> None:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Planned], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write all tensors, those of wide elements first, so that each one is aligned.
 
+    metadata: texts for the header, which some readers look for.
     Raises UnsupportedShape for a dtype that the format has no name for.
     """
     order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
-    header: dict[str, object] = {}
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name in order:
         tensor = tensors[name]

@@ -26,6 +26,7 @@ _IDS = torch.arange(22).reshape(2, 11)
 _CASES = {
     "gptq": ("int4-g32-sym-f16", {}),
     "gptq-asym": ("int4-g32-asym-f16", {}),
+    "gptq-old": ("int4-g32-asym-f16", {"checkpoint_format": "gptq"}),
     "gptq-3": ("int3-channel-asym-f16", {}),
     "gptq-8": ("int8-g32-sym-full-f16", {}),
     "awq": ("int4-g32-asym-f16", {}),
