@@ -6,7 +6,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..ir.encoded import Encoded
+from ..ir.affine_form import affine_form, why_not_affine
+from ..ir.encoded import Encoded, Format
+from ..ir.format_affine import AffineInt
+from ..ir.format_columns import WithColumns
+from ..ir.format_offset import AffineOffset
+from ..ir.format_sparse import WithOutliers
 from ..ir.pattern import bound_arguments
 from ..ir.program import Node, Program
 from ..ir.weight_roles import Role, weight_roles
@@ -30,6 +35,7 @@ class Choice:
     products: tuple[Node, ...] = ()
     tables: tuple[Node, ...] = ()
     declined: str = ""
+    form: str = ""
 
     @property
     def sentence(self) -> str:
@@ -37,7 +43,7 @@ class Choice:
         if self.declined:
             return f"{what} stays dense because {self.declined}"
         used = ["linear_affine"] * bool(self.products) + ["rows_affine"] * bool(self.tables)
-        return f"{what} runs packed: {', '.join(used)}"
+        return f"{what} runs packed{self.form}: {', '.join(used)}"
 
 
 @dataclass
@@ -67,7 +73,23 @@ def _choose(name: str, entry: Encoded, role: Role | None) -> Choice:
     reason = "it is a vector" if role is None else _why_not(entry, role)
     if reason is not None or role is None:
         return Choice(name, entry, declined=reason or "")
-    return Choice(name, entry, tuple(role.matmuls), tuple(role.tables))
+    form = described(entry.format)
+    return Choice(name, entry, tuple(role.matmuls), tuple(role.tables), form=form)
+
+
+def described(fmt: Format) -> str:
+    """What the packed kernel takes a format for, and what is added to its product."""
+    match fmt:
+        case AffineOffset():
+            return " with its offsets as a product of group sums"
+        case WithColumns():
+            return f"{described(fmt.base)} with its columns beside it"
+        case WithOutliers():
+            return f"{described(fmt.base)} with its outliers beside it"
+        case AffineInt():
+            return ""
+        case _:
+            return " as integers"
 
 
 def _why_not(entry: Encoded, role: Role) -> str | None:
@@ -75,15 +97,20 @@ def _why_not(entry: Encoded, role: Role) -> str | None:
         return f"%{role.others[0].name} reads it too, and is neither a matmul nor a look-up"
     if role.axis is None or role.axis != entry.axis:
         return "its groups do not lie along the axis that its readers sum over"
+    form = affine_form(entry)
+    if form is None:
+        return why_not_affine(entry)
+    if role.tables and (form.columns is not None or form.entries is not None):
+        return "no kernel looks up rows with values beside the base"
     for product in role.matmuls:
         if product.target not in _PRODUCTS:
             return f"%{product.name} is {product.target}, a product of stacks"
         if reason := _odd_addmm(product):
             return reason
         dtype = product.meta["val"].dtype
-        if reason := kernels()["linear_affine"].why_not(entry, dtype):
+        if reason := kernels()["linear_affine"].why_not(form.steps, dtype):
             return reason
-    return kernels()["rows_affine"].why_not(entry, entry.dtype) if role.tables else None
+    return kernels()["rows_affine"].why_not(form.steps, entry.dtype) if role.tables else None
 
 
 def _odd_addmm(node: Node) -> str | None:
