@@ -31,7 +31,8 @@ def learn_rounding(
     rows, width = len(target), hessian.shape[0]
     offset = torch.zeros_like(target)
     factor = torch.ones_like(scale)
-    best_values, best_scale = target, scale
+    best_values, best_scale = target.clone(), scale
+    wide = torch.zeros_like(target)
     least = torch.full((rows,), torch.inf)
     for step in range(steps + 1):
         used = scale * factor
@@ -41,18 +42,17 @@ def learn_rounding(
         values = codes * used
         error = (values - target).flatten(1)[:, :width]
         slope = error @ hessian
-        loss = (slope * error).sum(1)
+        loss = error.mul_(slope).sum(1)
         better = (loss < least)[:, None, None]
-        best_values = torch.where(better, values, best_values)
+        torch.where(better, values, best_values, out=best_values)
         best_scale = torch.where(better, used, best_scale)
         least = torch.minimum(loss, least)
         falling = rate * (1 - step / steps)
-        wide = torch.zeros_like(target)
         wide.flatten(1)[:, :width] = slope
-        inside = (wanted == codes).float()
+        inside = wanted.eq_(codes)
         # d values / d offset = scale inside the range; d values / d factor = scale (codes - exact)
         # inside, scale * codes where the range cut the value off.
-        on_scale = (wide * (codes - inside * exact) * scale).sum(-1, keepdim=True)
-        offset.sub_((wide * inside * used).sign_(), alpha=falling).clamp_(-0.5, 0.5)
-        factor.sub_(on_scale.sign_(), alpha=falling).clamp_(_NARROWEST, _WIDEST)
+        on_scale = codes.addcmul_(inside, exact, value=-1).mul_(wide).sum(-1, keepdim=True)
+        offset.sub_(wide.mul(inside).mul_(used).sign_(), alpha=falling).clamp_(-0.5, 0.5)
+        factor.sub_((on_scale * scale).sign_(), alpha=falling).clamp_(_NARROWEST, _WIDEST)
     return best_values, best_scale

@@ -21,10 +21,9 @@ from ..ir.errors import WrongOption
 from ..ir.format_offset import AffineOffset
 from ..ir.grid import Grid
 from ..ir.program import Program
+from ..ir.weight_blocks import row_blocks
 from .contract import Context
 from .weight_plan import SCALES, WeightQuantizer
-
-_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class QuantizeHqq(WeightQuantizer):
         rows = weight.detach().movedim(axis, -1)
         length = rows.shape[-1]
         found: list[Grid] = []
-        for block in rows.reshape(-1, length).split(max(1, _ELEMENTS // length)):
+        for _, block in row_blocks(rows):
             groups = grouped(block.float(), fmt.grouping(length))
             found.append(self._fitted(fmt.grid(groups, dtype=weight.dtype, where=where), groups))
         names = found[0].parameters

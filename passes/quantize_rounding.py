@@ -15,6 +15,7 @@ import torch
 from ..ir.affine import grouped, ungrouped
 from ..ir.format_affine import AffineInt
 from ..ir.grid import Grid
+from ..ir.weight_blocks import row_slices
 from .calibrated_weights import CalibratedQuantizer, Problem, Solution
 from .group_grids import GroupGrids
 from .learn_rounding import learn_rounding
@@ -49,15 +50,15 @@ class QuantizeRounding(CalibratedQuantizer):
         zero = grid.parameters.get("zero_point")
         centre = torch.full_like(scale, float(1 << (fmt.bits - 1)))
         centre = centre if zero is None else zero.float().unsqueeze(-1)
-        values, used = learn_rounding(
-            groups,
-            problem.hessian.float(),
-            scale,
-            lowest - centre,
-            top - centre,
-            self.steps,
-            self.rate or 1 / self.steps,
-        )
+        hessian, rate = problem.hessian.float(), self.rate or 1 / self.steps
+        bounds = lowest - centre, top - centre
+        found = [
+            learn_rounding(
+                groups[at], hessian, scale[at], bounds[0][at], bounds[1][at], self.steps, rate
+            )
+            for at in row_slices(len(groups), 4 * width)  # so that all temporaries stay in cache
+        ]
+        values, used = (torch.cat(parts) for parts in zip(*found, strict=True))
         stored = used.squeeze(-1).to(kept.dtype)
         codes = (values / used).round_()
         values = codes * stored.float().unsqueeze(-1)
