@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ class Ordered(Format):
     parts: those of `inner`, and order int32 [length of the grouped axis], a permutation.
     """
 
+    shared_parts: ClassVar[frozenset[str]] = frozenset({"order"})
     inner: AffineInt
 
     @property

@@ -1,4 +1,4 @@
-"""The quantized blocks of GGUF files as codes, scales and offsets, and back for two of them.
+"""The quantized blocks of GGUF files as codes, scales and offsets, and back for three of them.
 
 Source: ggml's block formats, as the `gguf` package describes them (names and numbers of types).
 """
@@ -19,7 +19,8 @@ class Blocks:
     """The numbers that rows of blocks stand for.
 
     codes: uint8 [rows, length]. scale, offset: [rows, groups]. A value is code * scale + offset,
-    or (code - 2^(bits-1)) * scale where offset is None.
+    or (code - 2^(bits-1)) * scale where offset is None. six: of super-blocks whose scales and
+    offsets are 6-bit codes [rows, groups] times two float16 numbers [rows, blocks]: those four.
     """
 
     bits: int
@@ -27,6 +28,7 @@ class Blocks:
     codes: Tensor
     scale: Tensor
     offset: Tensor | None = None
+    six: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -37,17 +39,18 @@ class GgufLayout:
     length: int
     nbytes: int
     unpack_blocks: Callable[[Tensor], Blocks]
-    pack_blocks: Callable[[Tensor, Tensor], Tensor] | None = None
+    pack_blocks: Callable[[Tensor, list[Tensor]], Tensor] | None = None
 
     def unpack(self, stored: Tensor) -> Blocks:
         """uint8 [rows, blocks * nbytes] to codes and scales of the rows."""
         return self.unpack_blocks(stored.unflatten(-1, (-1, self.nbytes)))
 
-    def pack(self, codes: Tensor, scale: Tensor) -> Tensor:
-        """codes uint8 [rows, n], scale float16 [rows, blocks] to uint8 [rows, blocks * nbytes]."""
+    def pack(self, codes: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
+        """codes uint8 [rows, n], scale and offset float16 [rows, blocks] to uint8 [rows, bytes]."""
         assert self.pack_blocks is not None
         blocks = codes.unflatten(-1, (-1, self.length))
-        return self.pack_blocks(blocks, _bytes(scale)).flatten(1)
+        halves = [_bytes(part) for part in (scale, offset) if part is not None]
+        return self.pack_blocks(blocks, halves).flatten(1)
 
 
 def _halves(part: Tensor) -> Tensor:
@@ -83,8 +86,8 @@ def _q4_0(blocks: Tensor) -> Blocks:
     return Blocks(4, 32, codes.flatten(1), _halves(blocks[..., :2]).flatten(1))
 
 
-def _pack_q4_0(codes: Tensor, scale: Tensor) -> Tensor:
-    return torch.cat([scale, codes[..., :16] | codes[..., 16:] << 4], dim=-1)
+def _pack_nibbles(codes: Tensor, halves: list[Tensor]) -> Tensor:
+    return torch.cat([*halves, codes[..., :16] | codes[..., 16:] << 4], dim=-1)
 
 
 def _q4_1(blocks: Tensor) -> Blocks:
@@ -108,8 +111,8 @@ def _q8_0(blocks: Tensor) -> Blocks:
     return Blocks(8, 32, codes.flatten(1), _halves(blocks[..., :2]).flatten(1))
 
 
-def _pack_q8_0(codes: Tensor, scale: Tensor) -> Tensor:
-    return torch.cat([scale, codes ^ 128], dim=-1)
+def _pack_q8_0(codes: Tensor, halves: list[Tensor]) -> Tensor:
+    return torch.cat([*halves, codes ^ 128], dim=-1)
 
 
 def _six_bit_pairs(part: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,7 +132,9 @@ def _super_offsets(
     """
     scale = d[..., :1].float() * scales.float()
     offset = -(d[..., 1:].float() * minima.float())
-    return Blocks(bits, group, codes.flatten(1), scale.flatten(1), offset.flatten(1))
+    most, least = d.unbind(-1)
+    six = (scales.flatten(1), minima.flatten(1), most, least) if group == 32 else None
+    return Blocks(bits, group, codes.flatten(1), scale.flatten(1), offset.flatten(1), six)
 
 
 def _q2_k(blocks: Tensor) -> Blocks:
@@ -165,8 +170,8 @@ def _q6_k(blocks: Tensor) -> Blocks:
 
 
 LAYOUTS: dict[int, GgufLayout] = {
-    2: GgufLayout("Q4_0", 32, 18, _q4_0, _pack_q4_0),
-    3: GgufLayout("Q4_1", 32, 20, _q4_1),
+    2: GgufLayout("Q4_0", 32, 18, _q4_0, _pack_nibbles),
+    3: GgufLayout("Q4_1", 32, 20, _q4_1, _pack_nibbles),
     6: GgufLayout("Q5_0", 32, 22, _q5_0),
     7: GgufLayout("Q5_1", 32, 24, _q5_1),
     8: GgufLayout("Q8_0", 32, 34, _q8_0, _pack_q8_0),

@@ -16,6 +16,7 @@ from .encoded import Encoded
 from .encoded_model import EncodedModel
 from .errors import UnsupportedCheckpoint
 from .format_affine import AffineInt
+from .format_offset import AffineOffset
 from .gguf_header import GgufHeader, GgufPlace, read_gguf_header
 from .gguf_names import GgufNames
 from .layout_gguf import LAYOUTS, Blocks
@@ -30,6 +31,7 @@ from .read_hf_folder import (
     read_config,
 )
 
+_SIX = BitPacked(6)
 _FLOATS = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
 
 
@@ -104,17 +106,26 @@ def _entry(
     rows = stored.view(shape[0], -1)
     if not torch.equal(order, torch.arange(shape[0])):
         rows = rows[order]
-    blocks = LAYOUTS[place.kind].unpack(rows)
-    return None if blocks.offset is not None else encoded_blocks(blocks, torch.float32)
+    return encoded_blocks(LAYOUTS[place.kind].unpack(rows), torch.float32)
 
 
 def encoded_blocks(blocks: Blocks, dtype: torch.dtype) -> Encoded:
     """The rows of blocks as a weight [rows, length] of one of our formats."""
-    codes = {"codes": BitPacked(blocks.bits).pack(blocks.codes), "scale": blocks.scale.contiguous()}
+    parts = {"codes": BitPacked(blocks.bits).pack(blocks.codes), "scale": blocks.scale.contiguous()}
     shape, kept = tuple(blocks.codes.shape), blocks.scale.dtype
+    if blocks.six is not None:
+        scales, offsets, most, least = blocks.six
+        parts |= {name: _SIX.pack(part) for name, part in (("scale", scales), ("offset", offsets))}
+        parts |= {"most": most.contiguous(), "least": least.contiguous()}
+        return Encoded(
+            AffineOffset(blocks.bits, blocks.group_size, k=True), shape, dtype, -1, parts
+        )
+    if blocks.offset is not None:
+        parts["offset"] = blocks.offset.contiguous()
+        return Encoded(AffineOffset(blocks.bits, blocks.group_size, kept), shape, dtype, -1, parts)
     full = "full" if blocks.bits == 8 else None
     symmetric = AffineInt(blocks.bits, blocks.group_size, True, kept, full)
-    return Encoded(symmetric, shape, dtype, -1, codes)
+    return Encoded(symmetric, shape, dtype, -1, parts)
 
 
 def _dequantized(

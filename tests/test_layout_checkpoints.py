@@ -8,11 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from planish.ir.formats import parse_format
 from planish.ir.layout_awq import AwqLayout
 from planish.ir.layout_bitnet import BitnetLayout
 from planish.ir.layout_gguf import LAYOUTS, Blocks
 from planish.ir.layout_gptq import GptqLayout
 from planish.ir.layout_words import WordPacked
+from planish.ir.read_gguf_codes import encoded_blocks
 from torch import Tensor
 from transformers.integrations.bitnet import pack_weights
 
@@ -114,15 +116,22 @@ def _values(blocks: Blocks) -> Tensor:
 def test_gguf_blocks_decode_as_ggml_decodes_them(kind: int) -> None:
     layout = LAYOUTS[kind]
     stored = _codes(8, 5, 3 * layout.nbytes, seed=kind)
-    blocks = stored.unflatten(-1, (-1, layout.nbytes))
+    places = stored.unflatten(-1, (-1, layout.nbytes))
     finite = torch.randn(5, 3, layout.nbytes // 2).to(torch.float16)  # every place of a float16
     for at in _float16_places(layout.name, layout.nbytes):
-        blocks[..., at : at + 2] = finite[..., :1].contiguous().view(torch.uint8)
+        places[..., at : at + 2] = finite[..., :1].contiguous().view(torch.uint8)
         finite = finite[..., 1:]
     theirs = gguf.dequantize(stored.numpy(), gguf.GGMLQuantizationType(kind))
     assert (layout.length, layout.nbytes) == gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
     assert layout.name == gguf.GGMLQuantizationType(kind).name
-    assert np.array_equal(_values(layout.unpack(stored)).numpy(), theirs)
+    blocks = layout.unpack(stored)
+    assert np.array_equal(_values(blocks).numpy(), theirs)
+    encoded = encoded_blocks(blocks, torch.float32)
+    assert np.array_equal(encoded.decode().numpy(), theirs)
+    assert parse_format(encoded.format.name) == encoded.format
+    kept = encoded.format.stored(encoded.shape, -1, torch.float32)
+    found = {name: (part.dtype, tuple(part.shape)) for name, part in encoded.parts.items()}
+    assert kept == found
 
 
 def _float16_places(name: str, nbytes: int) -> list[int]:
@@ -134,15 +143,16 @@ def _float16_places(name: str, nbytes: int) -> list[int]:
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.sampled_from([2, 8]), st.integers(1, 4), st.integers(1, 4), _SEEDS)
+@given(st.sampled_from([2, 3, 8]), st.integers(1, 4), st.integers(1, 4), _SEEDS)
 def test_gguf_blocks_are_unpacked_as_they_were_packed(
     kind: int, rows: int, blocks: int, seed: int
 ) -> None:
     layout, made = LAYOUTS[kind], torch.Generator().manual_seed(seed)
     codes = _codes(8 if kind == 8 else 4, rows, 32 * blocks, seed=seed)
     scale = torch.randn(rows, blocks, generator=made).to(torch.float16)
-    stored = layout.pack(codes, scale)
+    offset = scale.flip(0) if kind == 3 else None
+    stored = layout.pack(codes, scale, offset)
     assert stored.shape == (rows, blocks * layout.nbytes)
     back = layout.unpack(stored)
     assert torch.equal(back.codes, codes) and torch.equal(back.scale, scale)
-    assert back.offset is None
+    assert back.offset is None if offset is None else torch.equal(back.offset, offset)
