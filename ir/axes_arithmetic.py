@@ -22,6 +22,7 @@ from .text import op_text
 _ATEN = torch.ops.aten
 GATE = "a product with another value"
 RELU = "relu"
+OWN = "a factor for each channel"
 SUM = "sum %"
 
 
@@ -99,8 +100,8 @@ def multiplied(flow: Flow, node: Node) -> Any:
     channel = view.channel_axis() if view is not None else None
     if view is not None and channel is not None:
         flow.produce(view, channel, "factor")
-    elif isinstance(other, fx.Node) and _as_wide(flow, other, node):
-        flow.channels.mark(kept, GATE)
+    elif isinstance(other, fx.Node) and flow.shape(other)[-1:] == flow.shape(node)[-1:] != [1]:
+        flow.channels.mark(kept, GATE if flow.view(other) is None else OWN)
     return kept
 
 
@@ -118,17 +119,15 @@ def _scaled(flow: Flow, node: Node) -> Any:
     return flow.fit(flow.ids(node.args[1]), node)
 
 
-def _as_wide(flow: Flow, other: Node, node: Node) -> bool:
-    """Whether the other factor has an entry of its own for every channel, and is no weight."""
-    return flow.view(other) is None and flow.shape(other)[-1:] == flow.shape(node)[-1:] != [1]
-
-
 def divided(flow: Flow, node: Node) -> Any:
     """x / y passes the factor of x; one of y would be inverted."""
     if not flow.scale:
         return tie_all(flow, node)
     flow.block(flow.ids(node.args[1]), f"%{node.name} divides by it")
-    return flow.fit(flow.ids(node.args[0]), node)
+    ids = flow.fit(flow.ids(node.args[0]), node)
+    if isinstance(node.args[1], fx.Node) and flow.shape(node.args[1])[-1:] not in ([], [1]):
+        flow.channels.mark(ids, OWN)
+    return ids
 
 
 def chosen(flow: Flow, node: Node) -> Any:

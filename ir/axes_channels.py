@@ -56,6 +56,7 @@ class Channels:
     """Numbers handed out, and what is known of them. The number 0 is no channel."""
 
     count: int = 1
+    rows: list[Numbers] = field(default_factory=list[Numbers])
     _blocked: set[int] = field(default_factory=set[int])
     _pairs: list[Numbers] = field(default_factory=list[Numbers])
     _blocks: list[tuple[Numbers, str]] = field(default_factory=list[tuple[Numbers, str]])
@@ -95,6 +96,11 @@ class Channels:
         seen = seen[seen != 0]
         if len(seen):
             notes.append((seen.numpy(), text))
+
+    def join(self, ids: Tensor) -> None:
+        """Remember that what goes through treats each row [..., channels] alike (a value head)."""
+        seen = narrowed(ids)[0]
+        self.rows.append(seen.reshape(-1, seen.shape[-1]).unique(dim=0).numpy())
 
     def solve(self) -> Classes:
         """Which channels are one."""

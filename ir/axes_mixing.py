@@ -63,6 +63,8 @@ def attention(flow: Flow, node: Node) -> Any:
     if not constant_along(value, -2):
         raise Unfollowed("its values have other channels at other positions")
     flow.channels.mark(value, VALUES)
+    if flow.scale:
+        flow.channels.join(value.narrow(-2, 0, 1))
     return flow.fit(_by_query_head(value.narrow(-2, 0, 1), shape[1]), node)
 
 

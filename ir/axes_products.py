@@ -118,6 +118,8 @@ def _of_values(flow: Flow, node: Node, a: Any, b: Any) -> Tensor:
         flow.block(ids, f"{named} sums over its channels")
         return flow.no_channels(node)
     flow.channels.mark(ids, VALUES)
+    if axis == -2:
+        flow.channels.join(ids.narrow(axis, 0, 1))
     return flow.fit(ids.narrow(axis, 0, 1), node)
 
 

@@ -55,7 +55,9 @@ class ScaleEdge:
     """kind: norm->linear, v->o, up->down, fc1->fc2 (through relu), linear->linear, table->linear;
     or only norm, linear or table where no product reads the channels.
 
-    factors: how many free factors there are. reason: why none may be moved, or "".
+    factors: how many free factors there are. reason: why none may be moved, or "". passed: what
+    stands on the way. heads: of v->o, int64 [heads, value channels], the factors of each head in
+    order, if every head is whole; None otherwise.
     """
 
     kind: str
@@ -63,6 +65,8 @@ class ScaleEdge:
     consumers: tuple[EdgeEnd, ...]
     factors: int
     reason: str
+    passed: frozenset[str] = frozenset()
+    heads: Tensor | None = None
 
     @property
     def free(self) -> bool:
@@ -175,8 +179,30 @@ def _edge(flow: Flow, classes: Classes, family: _Family) -> ScaleEdge:
         reason = "nothing that could take it reads these channels"
     kind = _kind(producers, bool(consumers), marks)
     return ScaleEdge(
-        kind, tuple(producers), tuple(consumers), len(family.roots), _told(reason, marks)
+        kind,
+        tuple(producers),
+        tuple(consumers),
+        len(family.roots),
+        _told(reason, marks),
+        frozenset(mark for mark in marks if not mark.startswith(SUM)),
+        _heads(flow, classes, family) if VALUES in marks else None,
     )
+
+
+def _heads(flow: Flow, classes: Classes, family: _Family) -> Tensor | None:
+    """The value heads that the family's channels make up, if each of them is in just one."""
+    found: list[np.ndarray] = []
+    for rows in flow.channels.rows:
+        roots = classes.roots[rows]
+        inside = np.isin(roots, family.roots)
+        if inside.all():
+            found.append(np.searchsorted(family.roots, np.unique(roots, axis=0)))
+        elif inside.any():
+            return None
+    heads = np.concatenate(found) if len({part.shape[1] for part in found}) == 1 else None
+    if heads is None or len(np.unique(heads)) != heads.size:
+        return None
+    return torch.from_numpy(heads)
 
 
 def _kind(producers: list[EdgeEnd], consumed: bool, marks: set[str]) -> str:
