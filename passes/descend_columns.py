@@ -37,10 +37,7 @@ def _descend_group(
     values: Tensor, slope: Tensor, hessian: Tensor, grids: GroupGrids, group: int
 ) -> None:
     """One group's columns [group, rows], changed in place; slope is used up."""
-    moved = _best_scale(values, slope, hessian, grids, group)
-    if moved is not None:
-        slope.addmm_(hessian, moved - values)
-        values.copy_(moved)
+    _fit_line(values, slope, hessian, grids, group)
     for column, curvature in enumerate(hessian.diagonal().tolist()):
         wanted = torch.sub(values[column], slope[column], alpha=1 / curvature)
         change = grids.nearest(group, wanted).sub_(values[column])
@@ -48,14 +45,32 @@ def _descend_group(
         slope.addr_(hessian[column], change)
 
 
-def _best_scale(
+def _fit_line(
     values: Tensor, slope: Tensor, hessian: Tensor, grids: GroupGrids, group: int
-) -> Tensor | None:
-    """The values on the scale of least squares for their codes; None for a format without scale."""
-    curvature = (values * (hessian @ values)).sum(0)
-    gain = (values * slope).sum(0)
-    factor = torch.where(curvature > 0, 1 - gain / curvature, torch.ones_like(gain))
+) -> None:
+    """Scale, then offset, of least squares for a group's codes; values and slope follow."""
+    line = grids.line(group)
+    if line is None:
+        return
+    steps = values if line.offset is None else values - line.offset
+    factor = 1 - _newton(steps, slope, hessian @ steps)
     # A scale that turned its sign or vanished would be no better grid for the next rounding.
     factor = torch.where((factor > 0.5) & (factor < 2), factor, torch.ones_like(factor))
-    used = grids.rescale(group, factor)
-    return None if used is None else values * used
+    shift = None
+    if line.offset is not None:
+        ones = torch.ones_like(steps)
+        slope_then = slope + hessian @ (steps * (factor - 1))
+        shift = -_newton(ones, slope_then, hessian.sum(1, keepdim=True).expand_as(steps))
+    grids.move_line(group, factor, shift)
+    new = grids.line(group)
+    assert new is not None
+    moved = steps * (new.scale / line.scale)
+    moved = moved if new.offset is None else moved + new.offset
+    slope.addmm_(hessian, moved - values)
+    values.copy_(moved)
+
+
+def _newton(direction: Tensor, slope: Tensor, curved: Tensor) -> Tensor:
+    """How far against `direction` [group, rows] the squared error is least; curved: H direction."""
+    curvature, gain = (direction * curved).sum(0), (direction * slope).sum(0)
+    return torch.where(curvature > 0, gain / curvature, torch.zeros_like(gain))

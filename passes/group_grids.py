@@ -1,18 +1,31 @@
 """The grids of all groups of a matrix, fixed one at a time or all at once, and rounding to them.
 
-For affine integers the rounding of a column is spelled out, because it is the inner loop of GPTQ;
+For affine formats the rounding of a column is spelled out, because it is the inner loop of GPTQ;
 every other format rounds through its own `Grid`.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..ir.affine import grouped
 from ..ir.format_affine import AffineInt
+from ..ir.format_offset import AffineOffset
 from ..ir.formats import Format
 from ..ir.grid import Grid
+
+
+@dataclass(frozen=True)
+class _Line:
+    """value = offset + scale * a whole number from lowest to highest; [rows] each, or scalars."""
+
+    scale: Tensor
+    lowest: Tensor
+    highest: Tensor
+    offset: Tensor | None
 
 
 class GroupGrids:
@@ -27,7 +40,7 @@ class GroupGrids:
         self.count = -(-width // self.size)
         self._grids: dict[int, Grid] = {}
         self._whole: Grid | None = None
-        self._affine: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._lines: dict[int, _Line] = {}
 
     def span(self, group: int) -> slice:
         """The columns of a group."""
@@ -53,38 +66,51 @@ class GroupGrids:
 
     def _set(self, group: int, grid: Grid) -> None:
         self._grids[group] = grid
-        if not isinstance(self.format, AffineInt):
+        fmt = self.format
+        if isinstance(fmt, AffineInt):
+            zero = grid.parameters.get("zero_point")
+            centre = torch.tensor(float(1 << (fmt.bits - 1)))
+            centre = centre if zero is None else zero[:, 0].float()
+            lowest, offset = int(fmt.code_range == "narrow"), None
+        elif isinstance(fmt, AffineOffset):
+            centre, lowest, offset = torch.zeros(()), 0, grid.parameters["offset"][:, 0].float()
+        else:
             return
         scale = grid.parameters["scale"][:, 0].float()
         scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-        top, lowest = (1 << self.format.bits) - 1, int(self.format.code_range == "narrow")
-        zero = grid.parameters.get("zero_point")
-        centre = torch.tensor(float(1 << (self.format.bits - 1)))
-        centre = centre if zero is None else zero[:, 0].float()
-        self._affine[group] = scale, lowest - centre, top - centre
+        self._lines[group] = _Line(scale, lowest - centre, (1 << fmt.bits) - 1 - centre, offset)
 
     def nearest(self, group: int, column: Tensor) -> Tensor:
         """One column of a group [rows], moved to the grid; float32."""
-        if group in self._affine:
-            scale, lowest, highest = self._affine[group]
-            return (column / scale).round_().clamp_(lowest, highest).mul_(scale)
-        return self._grids[group].nearest(column[:, None, None])[:, 0, 0]
+        line = self._lines.get(group)
+        if line is None:
+            return self._grids[group].nearest(column[:, None, None])[:, 0, 0]
+        above = column if line.offset is None else column - line.offset
+        codes = (above / line.scale).round_().clamp_(line.lowest, line.highest)
+        values = codes.mul_(line.scale)
+        return values if line.offset is None else values.add_(line.offset)
 
-    def rescale(self, group: int, factor: Tensor) -> Tensor | None:
-        """Multiply a group's scales by `factor` [rows], as far as the scale's dtype can.
+    def line(self, group: int) -> _Line | None:
+        """Of an affine format whose groups are apart, the line that a group's values lie on."""
+        return self._lines.get(group) if self.format.groups_apart else None
 
-        Returns the factor that came out, or None if the format has no scale to be changed.
+    def move_line(self, group: int, factor: Tensor, shift: Tensor | None = None) -> None:
+        """Multiply a group's scales by `factor` [rows] and add `shift` to its offsets.
+
+        As far as their dtype can: `line` then says what came out.
         """
-        if group not in self._affine:
-            return None
         old = self._grids[group]
-        kept = old.parameters["scale"]
+        parameters = dict(old.parameters)
+        kept = parameters["scale"]
         new = (kept.float() * factor.unsqueeze(1)).to(kept.dtype)
-        new = torch.where((new == 0) | ~torch.isfinite(new), kept, new)
+        parameters["scale"] = torch.where((new == 0) | ~torch.isfinite(new), kept, new)
+        if isinstance(self.format, AffineOffset):
+            if shift is not None:
+                parameters["offset"] = parameters["offset"] + shift.unsqueeze(1)
+            stored = self.format.keep(parameters, self.dtype)
+            parameters = self.format.restore(stored, len(kept), 1)
         self._whole = None
-        self._set(group, Grid(self.format, {**old.parameters, "scale": new}, old.dtype))
-        before = torch.where(kept == 0, torch.ones_like(kept), kept).float()
-        return torch.where(kept == 0, before, new.float() / before)[:, 0]
+        self._set(group, Grid(self.format, parameters, old.dtype))
 
     def grid(self) -> Grid:
         """All groups' grids as one."""
