@@ -17,6 +17,7 @@ from ..ir.text import value_names
 from ..kernels.catalog import kernels
 from ..kernels.linear_affine import pack
 from ..kernels.linear_w8a8_cpu import code_sums
+from .int8_codes import regular_codes, viewed
 from .select_int8 import RoundedProduct, rounded_products, sentence
 
 _ATEN = torch.ops.aten
@@ -45,8 +46,7 @@ class _Lowering:
         self.outliers: dict[Node, Node] = {}
 
     def replace(self, product: RoundedProduct) -> None:
-        editor, node, entry = self.editor, product.node, product.entry
-        assert entry is not None
+        editor, node, entry = self.editor, product.node, product.kept
         codes, scale, zero = self._codes(product.rounded)
         rest = _rest(entry)
         packed = pack(rest)
@@ -55,7 +55,7 @@ class _Lowering:
         weight = [self._part(product, f"packed_{kind}", part) for kind, part in parts.items()]
         kept = [self._part(product, kind, part) for kind, part in _kept(entry).items()]
         with editor.at(node):
-            given = [self._viewed(codes, product), scale, zero, *weight, product.bias]
+            given = [viewed(editor, codes, product), scale, zero, *weight, product.bias]
             target: Any = _OPS.linear_w8a8_cpu.default
             if product.kernel == "linear_llm_int8_cpu":
                 target = _OPS.linear_llm_int8_cpu.default
@@ -66,24 +66,19 @@ class _Lowering:
                 new = editor.emit(_ATEN._to_copy.default, new, dtype=dtype)
         editor.replace(node, new)
 
-    def _viewed(self, value: Node, product: RoundedProduct) -> Node:
-        for view in product.views:
-            value = self.editor.emit(view.target, value, *view.args[1:], **view.kwargs)
-        return value
-
     def _outliers(self, product: RoundedProduct) -> tuple[Node | None, Node | None]:
         """The values that may be outliers, and the columns that are."""
         if not product.keeps_outliers:
             return None, None
         x = bound_arguments(product.rounded)["x"]
-        return self._viewed(x, product), self.outliers[product.rounded]
+        return viewed(self.editor, x, product), self.outliers[product.rounded]
 
     def _codes(self, rounded: Node) -> tuple[Node, Node, Node | None]:
         """Codes, scale and zero point of a rounded value."""
         if rounded not in self.codes:
             given = bound_arguments(rounded)
             if rounded.target is _OPS.round_regular.default:
-                self.codes[rounded] = self._regular_codes(rounded, given)
+                self.codes[rounded] = self._regular_codes(rounded)
             else:
                 quantize: Node = given["codes"]
                 scale: Node = given["scale"]
@@ -91,16 +86,9 @@ class _Lowering:
                 self.codes[rounded] = fast or (quantize, scale, given["zero"])
         return self.codes[rounded]
 
-    def _regular_codes(
-        self, rounded: Node, given: dict[str, Any]
-    ) -> tuple[Node, Node, Node | None]:
+    def _regular_codes(self, rounded: Node) -> tuple[Node, Node, Node | None]:
         """Codes of all but the outlier columns, which are zeros here."""
-        editor, x = self.editor, given["x"]
-        with editor.at(rounded):
-            columns = editor.emit(_OPS.outlier_columns.default, x, given["threshold"])
-            regular = editor.emit(_ATEN.masked_fill.Scalar, x, columns, 0.0)
-            scale = editor.emit(_OPS.activation_scale.default, regular, "token")
-            codes = editor.emit(_OPS.quantize.default, regular, scale)
+        columns, codes, scale = regular_codes(self.editor, rounded)
         self.outliers[rounded] = columns
         return self._fast_codes(codes, scale) or (codes, scale, None)
 

@@ -12,6 +12,8 @@ from ..ir.program import Program
 from .onnx_builder import Options
 from .onnx_decoder import Decoder, find_decoder, plain_caches, share_buffers
 from .onnx_flat_attention import lower_flat_attention
+from .onnx_lower_affine import lower_affine_forms
+from .onnx_lower_int8 import lower_int8_products
 from .onnx_skip_norm import fuse_skip_norms
 from .onnx_splits import join_slices
 
@@ -33,6 +35,8 @@ def lower(program: Program, options: Options) -> Lowered:
     editor = Editor(program)
     if options.contrib and decoder is not None:
         decoder = share_buffers(program, decoder, notes)
+    lower_int8_products(program, editor, notes)
+    lower_affine_forms(program, editor, notes)
     cached = [] if decoder is None or decoder.shared else plain_caches(program, decoder)
     lower_flat_attention(program, editor, cached, softcap=options.contrib)
     if options.contrib:

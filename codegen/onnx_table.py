@@ -12,6 +12,7 @@ from . import (
     onnx_flat_attention,
     onnx_group_query,
     onnx_index,
+    onnx_int8,
     onnx_logic,
     onnx_matmul,
     onnx_norm,
@@ -36,6 +37,7 @@ TABLE: Table = (
     | onnx_flat_attention.TABLE
     | onnx_group_query.TABLE
     | onnx_skip_norm.TABLE
+    | onnx_int8.TABLE
 )
 
 

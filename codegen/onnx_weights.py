@@ -14,6 +14,7 @@ from ..ir.encoded import Encoded
 from ..ir.formats import AffineInt
 from ..ir.program import Node
 from .onnx_builder import Builder, Value, onnx_dtype
+from .onnx_coded import coded_weight
 
 _MATRIX_READERS = (
     torch.ops.aten.linear.default,
@@ -41,6 +42,12 @@ def packed(b: Builder, node: Any) -> Encoded | None:
     return None
 
 
+def packed_entry(b: Builder, node: Any) -> Encoded | None:
+    """The weight as it is kept, if it is kept in a number format."""
+    entry = b.program.weights.entry(str(node.target)) if is_weight(node) else None
+    return entry if isinstance(entry, Encoded) else None
+
+
 def only_matrix(node: Node) -> bool:
     """Whether every reader multiplies by the weight, in its place for weights."""
     return all(is_matrix_reader(user, node) for user in node.users)
@@ -59,8 +66,20 @@ def dense_weight(b: Builder, node: Node) -> Value:
     name = weight_name(b, node)
     entry = b.program.weights.entry(name)
     if isinstance(entry, Encoded) and not isinstance(entry.format, AffineInt):
-        b.notes.append(f"{name}: stored dense, ONNX has no form of {entry.format.name}")
+        found = b.once(("coded", name), lambda: _decoded(b, name, entry))
+        if found is not None:
+            return found
     return _stored(b, name, name, lambda weight: weight)
+
+
+def _decoded(b: Builder, name: str, entry: Encoded) -> Value | None:
+    """A weight of another format, decoded from its codes when a session starts; a remark if not."""
+    found, fmt = coded_weight(b, name, entry), entry.format.name
+    if found is None:
+        b.notes.append(f"{name}: stored dense, ONNX has no form of {fmt}")
+    else:
+        b.notes.append(f"{name}: stored as {fmt}, dense in memory: ONNX has no product with it")
+    return found
 
 
 def transposed_weight(b: Builder, node: Node) -> Value:
@@ -69,7 +88,7 @@ def transposed_weight(b: Builder, node: Node) -> Value:
     Stored transposed where every reader wants it so, else computed from the stored matrix.
     """
     name = weight_name(b, node)
-    if only_matrix(node):
+    if only_matrix(node) and not isinstance(b.program.weights.entry(name), Encoded):
         return _stored(b, name, f"{name}.transposed", lambda weight: weight.t())
     stored = dense_weight(b, node)
     return b.once(("transpose", name), lambda: b.op("Transpose", stored, perm=[1, 0]))

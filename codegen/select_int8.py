@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,6 +46,12 @@ class RoundedProduct:
     declined: str = ""
 
     @property
+    def kept(self) -> Encoded:
+        """The weight of a product that was not declined for a dense one."""
+        assert self.entry is not None
+        return self.entry
+
+    @property
     def keeps_outliers(self) -> bool:
         return self.rounded.target is _OPS.round_regular.default
 
@@ -54,19 +61,31 @@ class RoundedProduct:
         return "linear_llm_int8_cpu" if wide else "linear_w8a8_cpu"
 
 
-def rounded_products(program: Program) -> list[RoundedProduct]:
-    """Every product whose left operand is rounded, in graph order."""
+WhyNot = Callable[[RoundedProduct, Encoded], str | None]
+
+
+def cpu_why_not(product: RoundedProduct, entry: Encoded) -> str | None:
+    """Why this package's kernels cannot take a product; None if they can."""
+    return kernels()[product.kernel].why_not(entry, product.node.meta["val"].dtype)
+
+
+def rounded_products(program: Program, why_not: WhyNot = cpu_why_not) -> list[RoundedProduct]:
+    """Every product whose left operand is rounded, in graph order.
+
+    why_not: asked, of products of the right form, whether the target multiplies their integers.
+    """
     found: list[RoundedProduct] = []
     for node in program.graph.nodes:
         if node.target in PRODUCTS:
             product = _product(program, node)
             if product is not None:
-                found.append(product)
+                reason = _why_not(product) or why_not(product, product.kept)
+                found.append(replace(product, declined=reason or ""))
     return found
 
 
 def _product(program: Program, node: Node) -> RoundedProduct | None:
-    activations, weight_name, bias_name, axis = PRODUCTS[node.target]
+    activations, weight_name, bias_name, _ = PRODUCTS[node.target]
     given = bound_arguments(node)
     views: list[Node] = []
     value = given[activations]
@@ -79,9 +98,7 @@ def _product(program: Program, node: Node) -> RoundedProduct | None:
     entry = program.weights.entry(str(weight.target)) if weight.op == "get_attr" else None
     encoded = entry if isinstance(entry, Encoded) else None
     bias = given[bias_name] if bias_name else None
-    made = RoundedProduct(node, value, tuple(views), weight, encoded, bias)
-    reason = _why_not(made, axis)
-    return RoundedProduct(node, value, tuple(views), weight, encoded, bias, reason or "")
+    return RoundedProduct(node, value, tuple(views), weight, encoded, bias)
 
 
 def _same_rows(view: Node) -> bool:
@@ -91,8 +108,9 @@ def _same_rows(view: Node) -> bool:
     return bool(before) and bool(after) and before[-1] == after[-1]
 
 
-def _why_not(product: RoundedProduct, axis: int) -> str | None:
-    node, entry = product.node, product.entry
+def _why_not(product: RoundedProduct) -> str | None:
+    """What is odd about a product, whatever the target."""
+    node, entry, axis = product.node, product.entry, PRODUCTS[product.node.target][3]
     if product.weight.op != "get_attr" or entry is None:
         return "its weight is dense"
     if entry.axis != axis or len(entry.shape) != 2:
@@ -103,7 +121,7 @@ def _why_not(product: RoundedProduct, axis: int) -> str | None:
             return "it scales its product"
     if isinstance(product.bias, fx.Node) and product.bias.meta["val"].dim() != 1:
         return "it adds more than a bias"
-    return kernels()[product.kernel].why_not(entry, node.meta["val"].dtype)
+    return None
 
 
 def sentence(product: RoundedProduct, names: dict[Node, str]) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import fx
 
 from ..ir.edit import Editor
 from ..ir.encoded import Encoded
+from ..ir.format_columns import WithColumns
 from ..ir.formats import AffineInt
 from ..ir.program import Node, Program
 from ..ir.rewrite import Journal
@@ -74,9 +74,8 @@ def _why_not(program: Program, product: Product, scheme: str, only: str) -> str 
     entry = program.weights.entry(product.weight)
     if not isinstance(entry, Encoded):
         return f"its weight {product.weight} is dense, so it computes in floats anyway"
-    fmt: Any = entry.format
-    base = getattr(fmt, "base", fmt)
-    if not isinstance(base, AffineInt):
+    fmt = entry.format
+    if not isinstance(fmt.base if isinstance(fmt, WithColumns) else fmt, AffineInt):
         return f"its weight is {fmt.name}, which is not on an integer grid"
     return None
 
