@@ -15,6 +15,7 @@ from planish.ir.layout_gguf import LAYOUTS, Blocks
 from planish.ir.layout_gptq import GptqLayout
 from planish.ir.layout_words import WordPacked
 from planish.ir.read_gguf_codes import encoded_blocks
+from tiny_gguf import random_blocks
 from torch import Tensor
 from transformers.integrations.bitnet import pack_weights
 
@@ -115,12 +116,7 @@ def _values(blocks: Blocks) -> Tensor:
 @pytest.mark.parametrize("kind", LAYOUTS)
 def test_gguf_blocks_decode_as_ggml_decodes_them(kind: int) -> None:
     layout = LAYOUTS[kind]
-    stored = _codes(8, 5, 3 * layout.nbytes, seed=kind)
-    places = stored.unflatten(-1, (-1, layout.nbytes))
-    finite = torch.randn(5, 3, layout.nbytes // 2).to(torch.float16)  # every place of a float16
-    for at in _float16_places(layout.name, layout.nbytes):
-        places[..., at : at + 2] = finite[..., :1].contiguous().view(torch.uint8)
-        finite = finite[..., 1:]
+    stored = random_blocks(kind, 5, 3)
     theirs = gguf.dequantize(stored.numpy(), gguf.GGMLQuantizationType(kind))
     assert (layout.length, layout.nbytes) == gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
     assert layout.name == gguf.GGMLQuantizationType(kind).name
@@ -132,14 +128,6 @@ def test_gguf_blocks_decode_as_ggml_decodes_them(kind: int) -> None:
     kept = encoded.format.stored(encoded.shape, -1, torch.float32)
     found = {name: (part.dtype, tuple(part.shape)) for name, part in encoded.parts.items()}
     assert kept == found
-
-
-def _float16_places(name: str, nbytes: int) -> list[int]:
-    if name in ("Q4_1", "Q5_1", "Q4_K", "Q5_K"):
-        return [0, 2]
-    if name == "Q2_K":
-        return [nbytes - 4, nbytes - 2]
-    return [nbytes - 2] if name in ("Q3_K", "Q6_K") else [0]
 
 
 @settings(deadline=None, max_examples=30)
