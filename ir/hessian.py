@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-_BLOCK = 256
+_BLOCK = 128
 _ENOUGH = 0.005
 """Damping that outweighs the rounding of float32 sums, so that no factor needs to be tried."""
 

@@ -222,10 +222,21 @@ def test_the_correction_for_upstream_error_helps() -> None:
     assert output_noise(before, quantize(before, batches, bits=2, upstream=1.0)) > without
 
 
-def test_overrides_and_formats_other_than_integers() -> None:
+def test_overrides() -> None:
     after = quantize(stack(), texts(), overrides="up=int8-g8-sym; last=none")
     assert formats(after)["up.weight"] == "int8-g8-sym@-1"
     assert "last.weight" not in formats(after)
+
+
+@pytest.mark.parametrize(
+    "name", ["nf4", "mxfp4", "ternary-channel", "fp8-e4m3-tensor", "int3-channel-offset"]
+)
+def test_formats_other_than_integers_gain_as_well(name: str) -> None:
+    before = stack()
+    after = quantize(before, texts(), format=name)
+    assert {spelled.partition("@")[0] for spelled in formats(after).values()} == {name}
+    plain = Pipeline([QuantizeWeights(format=name, remainder="short")]).run(before)
+    assert output_noise(before, after) > output_noise(before, plain)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mixtral", "t5"])
