@@ -165,12 +165,12 @@ def quantized(
         found = encoded.codes()
         if symmetric:
             found = (found - (1 << (affine(encoded).bits - 1))).view(torch.int8)
-        return _integers(arranged(found), kind)
+        return integers(arranged(found), kind)
 
     def zero() -> oir.Tensor | oir.PackedTensor:
         points = encoded.zero_point
         assert points is not None
-        return _integers(arranged(points), kind)
+        return integers(arranged(points), kind)
 
     def scale() -> oir.Tensor:
         return TorchTensor(arranged(encoded.scale))
@@ -200,7 +200,8 @@ _CODE_TYPES = {
 }
 
 
-def _integers(tensor: Tensor, kind: oir.DataType) -> oir.Tensor | oir.PackedTensor:
+def integers(tensor: Tensor, kind: oir.DataType) -> oir.Tensor | oir.PackedTensor:
+    """Codes as a tensor of `kind`, of 4 or 8 bits."""
     if kind.bitwidth == 8:
         return oir.Tensor(numpy_of(tensor), dtype=kind)
     nibbles = tensor.flatten().view(torch.uint8) & 15
