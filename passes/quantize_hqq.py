@@ -38,6 +38,7 @@ class QuantizeHqq(WeightQuantizer):
     bits: int = 4
     group_size: int | None = 64
     symmetric: bool = False
+    scale_dtype: str = "float16"
     p: float = 0.7
     beta: float = 10.0
     kappa: float = 1.01
@@ -93,10 +94,14 @@ class QuantizeHqq(WeightQuantizer):
         for number in range(self.steps + 1):
             whole = ((groups - offset) / step).round_().clamp_(0, top).mul_(step)
             error = groups - whole - offset
-            cost = error.abs().pow_(self.p).sum(-1, keepdim=True)
+            size = error.abs().clamp_(min=1e-8)
+            threshold = size.pow(self.p - 1)
+            cost = (size * threshold).sum(-1, keepdim=True)
             best, least = torch.where(cost < least, offset, best), torch.minimum(cost, least)
             if number < self.steps:
-                offset = (groups - _shrink(error, beta, self.p) - whole).mean(-1, keepdim=True)
+                # The generalized soft threshold: about argmin |e|^p + beta/2 (e - error)^2.
+                kept = size.sub_(threshold.div_(beta)).clamp_(min=0).mul_(error.sign_())
+                offset = (groups - kept).sub_(whole).mean(-1, keepdim=True)
                 beta *= self.kappa
         parameters = {**grid.parameters, "offset": best.squeeze(-1)}
         return Grid(grid.format, parameters, grid.dtype)
@@ -105,10 +110,3 @@ class QuantizeHqq(WeightQuantizer):
     def _bits(grid: Grid) -> int:
         assert isinstance(grid.format, AffineOffset)
         return grid.format.bits
-
-
-def _shrink(error: Tensor, beta: float, p: float) -> Tensor:
-    """The generalized soft threshold: argmin |e|^p + beta/2 (e - error)^2, approximately."""
-    size = error.abs()
-    less = size.clamp(min=1e-8).pow(p - 1).div_(beta)
-    return error.sign() * (size - less).clamp_(min=0)

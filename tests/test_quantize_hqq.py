@@ -16,7 +16,7 @@ def test_offsets_of_the_least_p_norm() -> None:
     before = captured("gpt2")
     line = Pipeline([QuantizeHqq(bits=3, group_size=16)], verify="numbers")
     after = line.run(before)
-    plain = Pipeline([QuantizeWeights(format="int3-g16-offset")]).run(before)
+    plain = Pipeline([QuantizeWeights(format="int3-g16-offset-f16")]).run(before)
     changed = [a.before for a in after.history.records[-1].applied]
     assert changed
     for name in changed:
@@ -33,7 +33,7 @@ def test_offsets_of_the_least_p_norm() -> None:
 
 def test_symmetric_formats_are_rounded_to_nearest() -> None:
     before = captured("llama")
-    options = {"bits": 4, "group_size": 4, "symmetric": True}
+    options = {"bits": 4, "group_size": 4, "symmetric": True, "scale_dtype": "float32"}
     found = Pipeline([QuantizeHqq(**options)]).run(before)
     plain = Pipeline([QuantizeWeights(**options)]).run(before)
     assert all(found.weights.entry(n) == plain.weights.entry(n) for n in _encoded(found))
