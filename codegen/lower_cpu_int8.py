@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ir.affine_form import AffineForm, affine_form
 from ..ir.edit import Editor, value_of
-from ..ir.encoded import Encoded
-from ..ir.format_columns import PLACES, VALUES, WithColumns
 from ..ir.pattern import bound_arguments
 from ..ir.program import Node
 from ..ir.text import value_names
@@ -18,6 +17,7 @@ from ..kernels.catalog import kernels
 from ..kernels.linear_affine import pack
 from ..kernels.linear_w8a8_cpu import code_sums
 from .int8_codes import regular_codes, viewed
+from .lower_affine import beside_parts, cast, entry_terms, with_additions
 from .select_int8 import RoundedProduct, rounded_products, sentence
 
 _ATEN = torch.ops.aten
@@ -44,34 +44,49 @@ class _Lowering:
         self.editor = editor
         self.codes: dict[Node, tuple[Node, Node, Node | None]] = {}
         self.outliers: dict[Node, Node] = {}
+        self.beside: dict[str, dict[str, Node]] = {}
 
     def replace(self, product: RoundedProduct) -> None:
-        editor, node, entry = self.editor, product.node, product.kept
+        editor, node = self.editor, product.node
+        form = affine_form(product.kept)
+        assert form is not None
         codes, scale, zero = self._codes(product.rounded)
-        rest = _rest(entry)
-        packed = pack(rest)
-        sums = None if zero is None else code_sums(rest)
+        packed = pack(form.steps)
+        sums = None if zero is None else code_sums(form.steps)
         parts = {"codes": packed.codes, "scale": packed.scale, "zero": packed.zero, "sums": sums}
-        weight = [self._part(product, f"packed_{kind}", part) for kind, part in parts.items()]
-        kept = [self._part(product, kind, part) for kind, part in _kept(entry).items()]
+        weight = [self._part(product, kind, part) for kind, part in parts.items()]
+        beside = self._beside(product, form)
         with editor.at(node):
             given = [viewed(editor, codes, product), scale, zero, *weight, product.bias]
             target: Any = _OPS.linear_w8a8_cpu.default
-            if product.kernel == "linear_llm_int8_cpu":
+            if product.keeps_outliers:
                 target = _OPS.linear_llm_int8_cpu.default
-                given += [*self._outliers(product), *kept]
+                x = bound_arguments(product.rounded)["x"]
+                given += [viewed(editor, x, product), self.outliers[product.rounded]]
             new = editor.emit(target, *given, *packed.sizes)
-            dtype = value_of(node).dtype
-            if dtype != torch.float32:
-                new = editor.emit(_ATEN._to_copy.default, new, dtype=dtype)
+            if not form.plain:
+                new = self._with_additions(product, form, beside, new)
+            new = cast(editor, new, value_of(node).dtype)
         editor.replace(node, new)
 
-    def _outliers(self, product: RoundedProduct) -> tuple[Node | None, Node | None]:
-        """The values that may be outliers, and the columns that are."""
-        if not product.keeps_outliers:
-            return None, None
-        x = bound_arguments(product.rounded)["x"]
-        return viewed(self.editor, x, product), self.outliers[product.rounded]
+    def _beside(self, product: RoundedProduct, form: AffineForm) -> dict[str, Node]:
+        """What the weight adds to its steps, stored once for all readers."""
+        name = str(product.weight.target)
+        if name not in self.beside:
+            self.beside[name] = beside_parts(self.editor, name, form)
+        return self.beside[name]
+
+    def _with_additions(
+        self, product: RoundedProduct, form: AffineForm, beside: dict[str, Node], result: Node
+    ) -> Node:
+        """Products of the rounded values with what lies beside the weight's steps."""
+        editor = self.editor
+        x = cast(editor, viewed(editor, product.rounded, product), torch.float32)
+        result = with_additions(editor, form, beside, x, result)
+        if "entry_rows" in beside:
+            terms = entry_terms(editor, beside, x)
+            result = editor.emit(_ATEN.index_add.default, result, -1, beside["entry_rows"], terms)
+        return result
 
     def _codes(self, rounded: Node) -> tuple[Node, Node, Node | None]:
         """Codes, scale and zero point of a rounded value."""
@@ -111,17 +126,6 @@ class _Lowering:
     def _part(self, product: RoundedProduct, kind: str, part: Tensor | None) -> Node | None:
         if part is None:
             return None
-        name = f"{product.weight.target}.{kind}"
+        name = f"{product.weight.target}.packed_{kind}"
         known = name in self.editor.program.weights
         return self.editor.weight(name) if known else self.editor.weight(name, part)
-
-
-def _rest(entry: Encoded) -> Encoded:
-    """What of a weight is on the integer grid."""
-    fmt = entry.format
-    return fmt.rest(entry) if isinstance(fmt, WithColumns) else entry
-
-
-def _kept(entry: Encoded) -> dict[str, Tensor | None]:
-    """Columns that a weight keeps in 16 bits and their values [rows, kept], or two Nones."""
-    return {name: entry.parts.get(name) for name in (PLACES, VALUES)}

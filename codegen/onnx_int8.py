@@ -14,8 +14,8 @@ import onnx_ir as oir
 import torch
 from torch import Tensor
 
+from ..ir.affine_form import Columns, affine_form
 from ..ir.encoded import Encoded
-from ..ir.format_columns import PLACES, VALUES, WithColumns
 from ..ir.program import Node
 from .onnx_builder import CONTRIB, FLOAT, INT32, INT64, Builder, Value, numpy_of
 from .onnx_call import Call, Table
@@ -160,11 +160,14 @@ def _outlier_columns(call: Call) -> Value:
 def _int8_product(call: Call) -> Value:
     entry, b = packed_entry(call.b, call["weight"]), call.b
     assert entry is not None
-    rest = entry.format.rest(entry) if isinstance(entry.format, WithColumns) else entry
-    matrix = _Matrix(b, weight_name(b, call["weight"]), rest)
-    wide = _kept_product(call, entry)
+    form = affine_form(entry)
+    assert form is not None
+    matrix = _Matrix(b, weight_name(b, call["weight"]), form.steps)
+    wide: list[Value] = []
+    if form.columns is not None:
+        wide.append(_kept_product(call, form.columns))
     if call.args.get("outliers") is not None:
-        wide = [*wide, _outlier_product(call, matrix, entry)]
+        wide.append(_outlier_product(call, matrix))
     bias = call.optional("bias", FLOAT)
     by_tensor = _by_tensor(call, "scale")
     scale = _float(call, "scale")
@@ -249,13 +252,9 @@ def _scaled(call: Call, matrix: _Matrix, scale: Value | None, bias: Value | None
     return found if bias is None else call.op("Add", found, bias)
 
 
-def _outlier_product(call: Call, matrix: _Matrix, entry: Encoded) -> Value:
-    """x of the outlier columns times their weights, as floats; those kept in 16 bits left out."""
+def _outlier_product(call: Call, matrix: _Matrix) -> Value:
+    """x of the outlier columns times their weights, as floats."""
     b, outliers = call.b, call.value("outliers")
-    if isinstance(entry.format, WithColumns):
-        others = torch.ones(matrix.shape[0], dtype=torch.bool)
-        others[entry.parts[PLACES].long()] = False
-        outliers = call.op("And", outliers, b.constant(numpy_of(others)))
     x = b.op("Compress", _float(call, "x"), outliers, axis=call.rank("x") - 1)
     rows = b.op("Compress", matrix.codes(), outliers, axis=0)
     steps = b.cast(rows, FLOAT)
@@ -264,12 +263,10 @@ def _outlier_product(call: Call, matrix: _Matrix, entry: Encoded) -> Value:
     return call.op("MatMul", x, call.op("Mul", steps, matrix.scale()))
 
 
-def _kept_product(call: Call, entry: Encoded) -> list[Value]:
-    """Columns that the weight keeps in 16 bits, as floats."""
-    if not isinstance(entry.format, WithColumns):
-        return []
+def _kept_product(call: Call, columns: Columns) -> Value:
+    """Columns that the weight keeps beside its integers, as floats."""
     b, name = call.b, weight_name(call.b, call["weight"])
-    places = b.constant(numpy_of(entry.parts[PLACES].long()))
+    places = b.constant(numpy_of(columns.places))
     codes = b.op("Gather", call.value("codes"), places, axis=call.rank("codes") - 1)
     steps = call.op("Sub", b.cast(codes, INT32), b.cast(_zero_code(call), INT32))
     values = call.op("Mul", b.cast(steps, FLOAT), _float(call, "scale"))
@@ -277,14 +274,14 @@ def _kept_product(call: Call, entry: Encoded) -> list[Value]:
         x = b.op("Gather", _float(call, "x"), places, axis=call.rank("x") - 1)
         chosen = b.op("Gather", call.value("outliers"), places, axis=0)
         values = call.op("Where", chosen, x, values, dtype=FLOAT)
-    kept = entry.parts[VALUES]
+    kept = columns.values
     shape = (kept.shape[1], kept.shape[0])
 
     def make() -> oir.Tensor:
-        return oir.Tensor(numpy_of(kept.t().float()))
+        return oir.Tensor(numpy_of(kept.t()))
 
     stored = b.once(("kept", name), lambda: b.lazy(f"{name}.kept", FLOAT, shape, make))
-    return [call.op("MatMul", values, stored)]
+    return call.op("MatMul", values, stored)
 
 
 TABLE: Table = {

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ir.affine_form import affine_form, why_not_affine
 from ..ir.edit import Editor, value_of
 from ..ir.encoded import Encoded
-from ..ir.format_columns import WithColumns
-from ..ir.formats import AffineInt
 from ..ir.pattern import bound_arguments
 from ..ir.program import Node, Program
 from ..ir.text import value_names
@@ -57,11 +56,12 @@ INT8_PRODUCT = torch.ops.planish_onnx.int8_product.default
 
 def why_not(product: RoundedProduct, entry: Encoded) -> str | None:
     """Why onnxruntime multiplies floats for a product; None if it can multiply integers."""
-    fmt = entry.format
-    base = fmt.base if isinstance(fmt, WithColumns) else fmt
-    if not isinstance(base, AffineInt):
-        return f"{fmt.name} is not an affine integer format"
-    if base.groups(entry.rows_shape[-1]) != 1:
+    form = affine_form(entry)
+    if form is None:
+        return why_not_affine(entry)
+    if form.offset is not None or form.entries is not None:
+        return f"{entry.format.name} adds more to its integers than columns"
+    if form.steps.format.grouping(entry.rows_shape[-1]) < entry.rows_shape[-1]:
         return "onnxruntime's integer products take one scale a channel, and its weight has groups"
     if entry.rows_shape[-1] > LONGEST:
         return f"sums over {entry.rows_shape[-1]} products may not fit in 32 bits"

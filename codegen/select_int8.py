@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..ir.affine_form import affine_form, why_not_affine
 from ..ir.encoded import Encoded
-from ..ir.format_columns import WithColumns
 from ..ir.pattern import bound_arguments
 from ..ir.program import Node, Program
 from ..kernels.catalog import kernels
+from .select import described
 
 _ATEN = torch.ops.aten
 _OPS = torch.ops.planish
@@ -57,8 +58,7 @@ class RoundedProduct:
 
     @property
     def kernel(self) -> str:
-        wide = self.keeps_outliers or isinstance(getattr(self.entry, "format", None), WithColumns)
-        return "linear_llm_int8_cpu" if wide else "linear_w8a8_cpu"
+        return "linear_llm_int8_cpu" if self.keeps_outliers else "linear_w8a8_cpu"
 
 
 WhyNot = Callable[[RoundedProduct, Encoded], str | None]
@@ -66,7 +66,10 @@ WhyNot = Callable[[RoundedProduct, Encoded], str | None]
 
 def cpu_why_not(product: RoundedProduct, entry: Encoded) -> str | None:
     """Why this package's kernels cannot take a product; None if they can."""
-    return kernels()[product.kernel].why_not(entry, product.node.meta["val"].dtype)
+    form = affine_form(entry)
+    if form is None:
+        return why_not_affine(entry)
+    return kernels()[product.kernel].why_not(form.steps, product.node.meta["val"].dtype)
 
 
 def rounded_products(program: Program, why_not: WhyNot = cpu_why_not) -> list[RoundedProduct]:
@@ -130,4 +133,5 @@ def sentence(product: RoundedProduct, names: dict[Node, str]) -> str:
     if product.declined:
         return f"{what} multiplies floats because {product.declined}"
     assert product.entry is not None
-    return f"{what} on {product.entry.format.name} multiplies integers: {product.kernel}"
+    form = described(product.entry.format)
+    return f"{what} on {product.entry.format.name} multiplies integers{form}: {product.kernel}"

@@ -1,8 +1,7 @@
 """Int8 linear layers of which some columns are multiplied in floats (Dettmers et al. 2022).
 
 The columns in which activations hold outliers are known when the layer runs: there x is multiplied
-as it is with the weight's values. Columns that the weight keeps in 16 bits (format ...+columns1%)
-are multiplied in floats too. All others go through linear_w8a8_cpu.
+as it is with the weight's values. All others go through linear_w8a8_cpu.
 """
 
 from __future__ import annotations
@@ -13,21 +12,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..ir.encoded import Encoded
-from ..ir.format_columns import WithColumns
 from . import native
 from .linear_affine import PackedAffine, decoded
-from .linear_w8a8_cpu import SOURCE
+from .linear_w8a8_cpu import SOURCE, why_not
 from .linear_w8a8_cpu import _launch as _integer_product
 from .linear_w8a8_cpu import cost as integer_cost
-from .linear_w8a8_cpu import why_not as integer_why_not
 from .spec import Cost, KernelSpec
-
-
-def why_not(encoded: Encoded, dtype: torch.dtype) -> str | None:
-    """Why the kernel cannot take this weight with activations of `dtype`; None if it can."""
-    fmt = encoded.format
-    return integer_why_not(fmt.rest(encoded) if isinstance(fmt, WithColumns) else encoded, dtype)
 
 
 def linear_llm_int8_cpu_twin(
@@ -39,10 +29,8 @@ def linear_llm_int8_cpu_twin(
     weight_zero: Tensor | None,
     sums: Tensor | None,
     bias: Tensor | None,
-    x: Tensor | None,
-    outliers: Tensor | None,
-    kept_columns: Tensor | None,
-    kept_values: Tensor | None,
+    x: Tensor,
+    outliers: Tensor,
     rows: int,
     length: int,
     width: int,
@@ -50,18 +38,14 @@ def linear_llm_int8_cpu_twin(
 ) -> Tensor:
     """In plain torch: float32 [..., rows].
 
-    codes: int8 [..., length], zeros in outlier columns; x: the values [..., length] behind them,
-    outliers: bool [length], both or none; kept_columns: int32 [kept], kept_values [rows, kept] in
-    16 bit, both or none; the others as in `linear_w8a8_cpu_twin`.
+    codes: int8 [..., length], zeros in outlier columns; x: the values [..., length] behind them;
+    outliers: bool [length]; the others as in `linear_w8a8_cpu_twin`.
     """
     steps = codes.reshape(-1, length).double()
     steps = steps if zero is None else steps - zero.reshape(-1, 1)
     values = steps * scale.reshape(-1, 1).double()
-    if x is not None and outliers is not None:
-        values = torch.where(outliers, x.reshape(-1, length).double(), values)
+    values = torch.where(outliers, x.reshape(-1, length).double(), values)
     matrix = decoded(weight, weight_scale, weight_zero, rows, length, width, group).double()
-    if kept_columns is not None and kept_values is not None:
-        matrix[:, kept_columns.long()] = kept_values.double()
     found = values @ matrix.t()
     found = found if bias is None else found + bias.double()
     return found.float().reshape(*codes.shape[:-1], rows)
@@ -76,10 +60,8 @@ def _launch(
     weight_zero: Tensor | None,
     sums: Tensor | None,
     bias: Tensor | None,
-    x: Tensor | None,
-    outliers: Tensor | None,
-    kept_columns: Tensor | None,
-    kept_values: Tensor | None,
+    x: Tensor,
+    outliers: Tensor,
     rows: int,
     length: int,
     width: int,
@@ -88,30 +70,11 @@ def _launch(
     parts = (weight, weight_scale, weight_zero)
     sizes = (rows, length, width, group)
     out = _integer_product(codes, scale, zero, *parts, sums, bias, *sizes)
-    flat = out.view(-1, rows)
-    if kept_columns is not None and kept_values is not None:
-        # The integer part holds zeros there, so x counts as it would there: rounded, or as it is.
-        at = kept_columns.long()
-        values = _rounded(codes, scale, zero, at)
-        if x is not None and outliers is not None:
-            values = torch.where(outliers[at], x.reshape(-1, length)[:, at].float(), values)
-        flat.addmm_(values, kept_values.float().t())
-    if x is not None and outliers is not None:
-        chosen = outliers.clone()
-        if kept_columns is not None:
-            chosen[kept_columns.long()] = False
-        columns = chosen.nonzero().flatten()
-        if columns.numel():
-            wide = _columns(columns, parts, sizes)
-            flat.addmm_(x.reshape(-1, length)[:, columns].float(), wide)
+    columns = outliers.nonzero().flatten()
+    if columns.numel():
+        wide = _columns(columns, parts, sizes)
+        out.view(-1, rows).addmm_(x.reshape(-1, length)[:, columns].float(), wide)
     return out
-
-
-def _rounded(codes: Tensor, scale: Tensor, zero: Tensor | None, at: Tensor) -> Tensor:
-    """The values of some columns of codes: float32 [tokens, columns]."""
-    steps = codes.reshape(-1, codes.shape[-1])[:, at].float()
-    steps = steps if zero is None else steps - zero.reshape(-1, 1)
-    return steps * scale.reshape(-1, 1)
 
 
 def _columns(
@@ -157,17 +120,15 @@ def cost(tokens: int, packed: PackedAffine, columns: int) -> Cost:
 _LIBRARY = torch.library.Library("planish", "FRAGMENT")
 _LIBRARY.define(
     "linear_llm_int8_cpu(Tensor codes, Tensor scale, Tensor? zero, Tensor weight, "
-    "Tensor weight_scale, Tensor? weight_zero, Tensor? sums, Tensor? bias, Tensor? x, "
-    "Tensor? outliers, Tensor? kept_columns, Tensor? kept_values, int rows, int length, "
-    "int width, int group) -> Tensor"
+    "Tensor weight_scale, Tensor? weight_zero, Tensor? sums, Tensor? bias, Tensor x, "
+    "Tensor outliers, int rows, int length, int width, int group) -> Tensor"
 )
 _LIBRARY.impl("linear_llm_int8_cpu", _launch, "CPU")
 
 
 def _fake(codes: Tensor, scale: Tensor, zero: Tensor | None, weight: Tensor, weight_scale: Tensor,
-          weight_zero: Tensor | None, sums: Tensor | None, bias: Tensor | None, x: Tensor | None,
-          outliers: Tensor | None, kept_columns: Tensor | None, kept_values: Tensor | None,
-          rows: int, length: int, width: int, group: int) -> Tensor:  # fmt: skip
+          weight_zero: Tensor | None, sums: Tensor | None, bias: Tensor | None, x: Tensor,
+          outliers: Tensor, rows: int, length: int, width: int, group: int) -> Tensor:  # fmt: skip
     return codes.new_empty((*codes.shape[:-1], rows), dtype=torch.float32)
 
 
@@ -176,7 +137,7 @@ torch.library.register_fake("planish::linear_llm_int8_cpu", _fake, lib=_LIBRARY)
 SPEC = KernelSpec(
     name="linear_llm_int8_cpu",
     device="cpu",
-    serves="int8 linear layers with columns of activations or weights in floats",
+    serves="int8 linear layers of which columns with outliers are multiplied in floats",
     why_not=why_not,
     cost=cost,
     twin=linear_llm_int8_cpu_twin,

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from ..ir.affine_form import affine_form, why_not_affine
 from ..ir.edit import Editor
 from ..ir.encoded import Encoded
-from ..ir.format_columns import WithColumns
-from ..ir.formats import AffineInt
 from ..ir.program import Node, Program
 from ..ir.rewrite import Journal
 from .calibrate import Product, product_sites
@@ -74,9 +73,8 @@ def _why_not(program: Program, product: Product, scheme: str, only: str) -> str 
     entry = program.weights.entry(product.weight)
     if not isinstance(entry, Encoded):
         return f"its weight {product.weight} is dense, so it computes in floats anyway"
-    fmt = entry.format
-    if not isinstance(fmt.base if isinstance(fmt, WithColumns) else fmt, AffineInt):
-        return f"its weight is {fmt.name}, which is not on an integer grid"
+    if affine_form(entry) is None:
+        return f"its weight is kept as {entry.format.name}, and {why_not_affine(entry)}"
     return None
 
 
