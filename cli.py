@@ -1,4 +1,4 @@
-"""The command line: bench, demo, export, explain, generate, passes, recipes, verify-kernel.
+"""The command line: one function a command; the longer ones have files of their own.
 
 torch is imported by the commands that need it, so that `planish --help` answers at once.
 """
@@ -16,6 +16,7 @@ from . import __version__
 from .cli_bench import bench
 from .cli_generate import generate
 from .cli_print import INTERRUPTED, check_json_target, show, speaking_plainly, write_json
+from .cli_search import search
 
 app = typer.Typer(
     name="planish",
@@ -233,6 +234,7 @@ def verify_kernel(
 
 
 app.command()(generate)
+app.command()(search)
 app.add_typer(bench, name="bench")
 
 

@@ -24,7 +24,7 @@ from .ir.hessian import Hessian, damped, output_error
 from .ir.interpret import run
 from .ir.program import Node, Program
 from .ir.weight_roles import weight_roles
-from .passes.calibrate import Activations, Batches, Product, Site, product_sites, sweep
+from .passes.calibrate import Activations, Batches, Product, Site, sweep
 from .passes.calibrated_weights import Problem
 from .passes.quantize_gptq import QuantizeGptq
 
@@ -70,7 +70,6 @@ def measure_pulls(
     nodes = {product.node for site in sites for product in site.products}
     pulls = {node: Pull() for node in nodes}
     draw = torch.Generator().manual_seed(seed)
-    words = _vocabulary(program)
     positions = 0
     for number, batch in enumerate(batches):
         progress(number, len(batches), "gradients")
@@ -78,6 +77,7 @@ def measure_pulls(
         def watch(node: Node, value: object) -> None:
             if node in nodes and isinstance(value, Tensor):
                 value.requires_grad_()
+                pulls[node].tokens.append(torch.zeros(value.shape[:-1].numel()))
                 value.register_hook(_catcher(pulls[node]))  # type: ignore[no-untyped-call]
 
         outputs = run(
@@ -87,16 +87,17 @@ def measure_pulls(
             gradients=True,
             weight=lambda n: program.weights[n].detach(),
         )
-        judged = next((o for o in outputs if isinstance(o, Tensor) and o.requires_grad), None)
-        if judged is None:
+        judged = [o for o in outputs if isinstance(o, Tensor) and o.requires_grad]
+        if not judged:
             raise UnsupportedShape(
                 "no output of the program depends on a matmul with a weight",
                 expected="a floating-point output",
                 fix="search is for models with linear layers",
             )
-        rows = judged.flatten(0, -2).float()
-        _objective(rows, rows.shape[-1] == words, draw).backward()
-        positions += rows.shape[0]
+        rows = [output.flatten(0, -2).float() for output in judged]
+        terms = [_objective(each, is_distribution(program, each), draw) for each in rows]
+        torch.stack(terms).sum().backward()
+        positions += rows[0].shape[0]
     progress(len(batches), len(batches), "gradients")
     return Pulls(pulls, positions)
 
@@ -106,7 +107,7 @@ def _catcher(pull: Pull) -> Callable[[Tensor], None]:
 
     def catch(gradient: Tensor) -> None:
         squares = gradient.detach().float().square().flatten(0, -2)
-        pull.tokens.append(squares.sum(-1))
+        pull.tokens[-1] = squares.sum(-1)  # zeros where no output depends on the product
         pull.outputs = pull.outputs + squares.sum(0)
 
     return catch
@@ -124,10 +125,10 @@ def _objective(rows: Tensor, distribution: bool, draw: torch.Generator) -> Tenso
     ).sum()
 
 
-def _vocabulary(program: Program) -> int | None:
-    """How many words the model knows: the rows of its largest looked-up table."""
-    tables = [role.value.shape[0] for role in weight_roles(program) if role.tables]
-    return max((int(rows) for rows in tables), default=None)
+def is_distribution(program: Program, output: Tensor) -> bool:
+    """Whether an output [..., out] is about words: as many as the largest looked-up table has."""
+    tables = [int(role.value.shape[0]) for role in weight_roles(program) if role.tables]
+    return bool(tables) and output.shape[-1] == max(tables)
 
 
 Costs = dict[str, dict[str, float]]
@@ -206,7 +207,7 @@ def _prices(
         bits[fmt.name] = encoded.bits_per_weight()
         if calibrated(fmt):
             problem = Problem(rows, hessian, fmt, weight.dtype, product.weight)
-            solved = cost(QuantizeGptq(format=fmt.name).solve(problem).values)
+            solved = cost(QuantizeGptq(format=fmt.name, sweeps=0).solve(problem).values)
             gains[fmt.name] = solved / max(prices[fmt.name], 1e-30)
     if not gains:
         return prices
@@ -214,4 +215,4 @@ def _prices(
     return {n: price * gains[nearest[n]] for n, price in prices.items()}
 
 
-__all__ = ["Costs", "Pull", "Pulls", "measure_pulls", "price", "product_sites"]
+__all__ = ["Costs", "Progress", "Pull", "Pulls", "is_distribution", "measure_pulls", "price"]
