@@ -144,6 +144,15 @@ def test_weights_on_a_grid_stay(name: str, act_order: bool, static_groups: bool)
     assert (found - on_grid).abs().max() <= 1e-5 * weight.abs().max()
 
 
+@pytest.mark.parametrize("value", [0.0, 0.25, -3.0])
+def test_constant_weights_stay(value: float) -> None:
+    _, hessian = random_problem(6)
+    weight = torch.full((ROWS, WIDTH), value)
+    grids = grids_for("int4-g8-sym")
+    found = descend(weight, gptq(weight, hessian, grids), hessian, grids, 1)
+    assert (found - weight).abs().max() <= 1e-6 * abs(value)
+
+
 class Stack(nn.Module):
     """Widths that no group of 16 divides; a transposed weight; a dead input channel."""
 
@@ -220,6 +229,17 @@ def test_the_correction_for_upstream_error_helps() -> None:
     before, batches = stack(), texts()
     without = output_noise(before, quantize(before, batches, bits=2))
     assert output_noise(before, quantize(before, batches, bits=2, upstream=1.0)) > without
+
+
+def test_a_model_in_bfloat16() -> None:
+    before = capture_module(Stack().eval().bfloat16(), (torch.arange(10).reshape(2, 5),))
+    after = quantize(before, texts(), scale_dtype="weight")
+    entry = after.weights.entry("up.weight")
+    assert isinstance(entry, Encoded)
+    assert entry.dtype == entry.scale.dtype == torch.bfloat16
+    plain = QuantizeWeights(bits=3, group_size=16, remainder="short", scale_dtype="weight")
+    rounded = Pipeline([plain]).run(before)
+    assert output_noise(before, after) > output_noise(before, rounded)
 
 
 def test_overrides() -> None:
