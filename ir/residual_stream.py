@@ -4,7 +4,8 @@ Found by axis flow, not by names: channels that come from a looked-up table, tha
 into and that products read. Its basis may be rotated, x' = x R, if everything on the way is linear
 and treats all channels alike: sums of two such values, factors that are one for all channels,
 layout that leaves the channels where they are, and RMS norms, whose length of x does not change
-(without weights, or with weights that are all 1).
+(without weights, or with weights that are all 1). LayerNorms take the mean of x, so they object to
+a rotation; where they alone read the stream, its mean may be taken out by all who write into it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from .text import op_text
 
 _ATEN, _OURS = torch.ops.aten, torch.ops.planish
 _NORM = _OURS.rms_norm.default
+_NORMS = {_NORM, _ATEN.layer_norm.default}
 _SUMS = {_ATEN.add.Tensor, _ATEN.sub.Tensor}
 _FACTORS = {_ATEN.mul.Tensor, _ATEN.div.Tensor, _ATEN.mul.Scalar, _ATEN.div.Scalar}
 _PRODUCTS = {
@@ -64,13 +66,18 @@ _MOVES = {
 class Stream:
     """channels: how many. axes: every (weight, axis) that lies along them, norms apart.
 
-    norms: RMS norms that take the stream, in graph order. objections: why it may not be rotated.
+    writers: those of them that make values of the stream. norms, means: RMS norms and LayerNorms
+    that take it, in graph order. objections: why it may not be rotated, LayerNorms apart;
+    bare: why its mean may not be taken out either.
     """
 
     channels: int
     axes: list[tuple[str, int]]
+    writers: list[tuple[str, int]]
     norms: list[Node]
+    means: list[Node]
     objections: list[str] = field(default_factory=list[str])
+    bare: list[str] = field(default_factory=list[str])
 
 
 def residual_streams(program: Program) -> list[Stream]:
@@ -104,21 +111,24 @@ def _candidates(flow: Flow, roots: Numbers) -> list[Numbers]:
 def _look(program: Program, roots: Numbers, order: Numbers) -> Stream:
     look = _Look(roots, order)
     flow = Flow(program, "width", look.node)
-    norm_weights = {str(w.target) for n in look.norms if (w := n.args[1]) is not None}  # type: ignore[union-attr]
+    own = {str(w.target) for n in (*look.norms, *look.means) for w in _weights_of(n)}
     axes: list[tuple[str, int]] = []
     for (name, axis), ids in flow.weight_axes.items():
         found = roots[ids.numpy()]
-        if not np.isin(found, order).any():
-            continue
-        if name in norm_weights:
+        if name in own or not np.isin(found, order).any():
             continue
         if not np.array_equal(found, order):
             look.object_to(f"the channels of {name} come in another order along axis {axis}")
         axes.append((name, axis))
+    writers = [key for key in axes if key in flow.produces]
     for value in program.results:
         if isinstance(value, fx.Node) and value in look.members:
             look.object_to(f"%{value.name} is returned by the program")
-    return Stream(len(order), axes, look.norms, look.objections)
+    return Stream(len(order), axes, writers, look.norms, look.means, look.objections, look.bare)
+
+
+def _weights_of(norm: Node) -> list[Node]:
+    return [read for read in norm.all_input_nodes if read.op == "get_attr"]
 
 
 class _Look:
@@ -129,8 +139,11 @@ class _Look:
         self.known = set(order.tolist())
         self.members: set[Node] = set()
         self.weights: set[Node] = set()
+        self.raw: set[Node] = set()  # members that went through no norm
         self.norms: list[Node] = []
+        self.means: list[Node] = []
         self.objections: list[str] = []
+        self.bare: list[str] = []
 
     def object_to(self, sentence: str) -> None:
         if sentence not in self.objections:
@@ -142,22 +155,28 @@ class _Look:
         taken = [read for read in contents_read(node) if read in self.members]
         if isinstance(value, Tensor) and self._touches(value):
             self.members.add(node)
+            if node.target not in _NORMS and (not taken or not self.raw.isdisjoint(taken)):
+                self.raw.add(node)
             if not self._ordered(value) and not self._read_turned(node):
                 self.object_to(f"%{node.name} has the channels in another order or place")
         if taken:
             self._judge(node, taken)
 
     def _judge(self, node: Node, taken: list[Node]) -> None:
-        if node.target is _NORM:
-            self.norms.append(node)
+        if node.target in _NORMS:
+            (self.norms if node.target is _NORM else self.means).append(node)
         elif node.target in _SUMS:
             if not all(isinstance(a, fx.Node) and self._same(a) for a in node.args[:2]):
                 self.object_to(f"{op_text(node)} %{node.name} adds what is not of the stream")
+            elif 0 < len(self.raw.intersection(taken)) < len(taken):
+                self.bare.append(f"a norm writes into the stream at {op_text(node)} %{node.name}")
         elif node.target in _FACTORS:
             self._judge_factor(node)
         elif node.target in _PRODUCTS:
             if all(read in self.members for read in node.all_input_nodes):
                 self.object_to(f"%{node.name} multiplies two values of the stream")
+            if not self.raw.isdisjoint(taken):
+                self.bare.append(f"{op_text(node)} %{node.name} reads the stream without a norm")
         elif node.target in _MOVES:
             if node.target is not _ATEN.embedding.default and node not in self.members:
                 self.object_to(f"{op_text(node)} %{node.name} takes channels apart")

@@ -49,7 +49,7 @@ class FoldNorms(Pass):
 
 
 def _foldable(edge: ScaleEdge) -> bool:
-    return edge.free and edge.producers[0].what in ("norm", "factor")
+    return edge.free and any(end.what in ("norm", "factor") for end in edge.producers)
 
 
 def why_not_foldable(program: Program, edge: ScaleEdge) -> str:
@@ -59,8 +59,11 @@ def why_not_foldable(program: Program, edge: ScaleEdge) -> str:
         return ""
     if not edge.free:
         return edge.sentence()
-    if len(edge.producers) > 1:
-        return f"{norms[0].weight} has a bias or shares its channels with another weight"
+    others = [end for end in edge.producers if end is not norms[0]]
+    if any(end.what not in ("bias", "value") or end.offset for end in others):
+        return f"{norms[0].weight} shares its channels with {others[0].weight}"
+    if others and _loses_digits(_multipliers(program, norms[0])):
+        return f"{norms[0].weight} is next to 0 somewhere, which {others[0].weight} is divided by"
     if RELU in edge.passed and not bool((_multipliers(program, norms[0]) > 0).all()):
         return f"{norms[0].weight} is not positive, and a ReLU follows"
     return ""
@@ -68,7 +71,7 @@ def why_not_foldable(program: Program, edge: ScaleEdge) -> str:
 
 def fold_norm(program: Program, edge: ScaleEdge, journal: Journal, rule: str) -> None:
     """Fold one foldable edge's norm."""
-    (norm,) = edge.producers
+    norm = next(end for end in edge.producers if end.what in ("norm", "factor"))
     held = norm.channel >= 0
     factors = torch.ones(edge.factors, dtype=torch.float64)
     factors[norm.channel[held]] = _multipliers(program, norm)[held]
@@ -76,9 +79,18 @@ def fold_norm(program: Program, edge: ScaleEdge, journal: Journal, rule: str) ->
     weight[held] = 1 - norm.offset
     program.weights[norm.weight] = weight
     journal.changed_weight(rule, norm.weight, "folded")
+    for end in edge.producers:
+        if end is not norm:
+            divided = scaled(program.weights[end.weight], end, end.spread(1 / factors))
+            program.weights[end.weight] = divided
+            journal.changed_weight(rule, end.weight, f"added after {norm.weight}")
     for end in edge.consumers:
         program.weights[end.weight] = scaled(program.weights[end.weight], end, end.spread(factors))
         journal.changed_weight(rule, end.weight, f"carries {norm.weight}")
+
+
+def _loses_digits(factors: Tensor) -> bool:
+    return bool(factors.abs().amin() < 1e-4 * factors.abs().amax())
 
 
 def _multipliers(program: Program, norm: EdgeEnd) -> Tensor:

@@ -1,11 +1,11 @@
 """Rotate the residual stream and the value heads, so that no channel stands out.
 
 Before: `%h = embedding(%E, ids)`, `%h2 = %h + linear(%a, %O)`, `%y = linear(rms_norm(%h), %W)`.
-After: the same graph with `%E R`, `R^T %O` and `%W R` for an orthogonal R, the norms' weights
-folded into `%W` first (a head that is tied to the table gets a weight of its own for that). Equal
-because an RMS norm keeps x R as long as x, and R R^T = 1. Value heads: the rows of `%V` and the
-columns of `%O` by a rotation of each head, whose channels attention weighs alike. Everything is
-folded into weights.
+After: the same graph with `%E R`, `R^T %O` and `%W R` for an orthogonal R; before that the norms'
+weights are folded into `%W` and LayerNorms become RMS norms (see `fold_norms`, `center_norms`; a
+head that is tied to the table gets a weight of its own). Equal because an RMS norm keeps x R as
+long as x, and R R^T = 1. Value heads: the rows of `%V` and the columns of `%O` by a rotation of
+each head, whose channels attention weighs alike. Everything is folded into weights.
 Ashkboos et al. 2024 (QuaRot), sec. 4, stage 1; R1 and R2 of Liu et al. 2024 (SpinQuant), sec. 3.1.
 """
 
@@ -23,6 +23,7 @@ from ..ir.residual_stream import Stream, norm_weight, residual_streams
 from ..ir.rewrite import Journal
 from ..ir.rotate_weights import rotate_axis, rotate_heads
 from ..ir.scale_edges import ScaleEdge, scale_edges
+from .center_norms import center_stream
 from .contract import Context, Pass, contract
 from .fold_norms import fold_norm, tied_to_norms, untie_heads, why_not_foldable
 
@@ -65,6 +66,7 @@ class Rotate(Pass):
         if not streams:
             journal.declined(rule, program.output, "no residual stream starts at a table")
         for stream in streams:
+            stream = center_stream(program, stream, journal, rule, final=False)
             reason = why_not_rotated(program, stream)
             if reason:
                 journal.declined(rule, stream.axes[0][0], reason)
@@ -99,6 +101,11 @@ def why_not_rotated(program: Program, stream: Stream) -> str:
     if stream.objections:
         more = len(stream.objections) - 1
         return stream.objections[0] + (f" (and {more} more)" if more else "")
+    if stream.means:
+        why = f": {stream.bare[0]}" if stream.bare else ""
+        return (
+            f"{stream.means[0].name} takes the mean of the stream, which cannot be taken out{why}"
+        )
     trial = program.copy()
     untie_heads(trial, Journal(trial), "", tied_to_norms(trial))
     edges = {edge.name: edge for edge in scale_edges(trial)}

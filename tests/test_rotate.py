@@ -21,6 +21,7 @@ from planish.ir.program import Program
 from planish.ir.residual_stream import residual_streams
 from planish.ir.scale_edges import scale_edges
 from planish.ir.text import program_text
+from planish.passes.center_norms import CenterNorms
 from planish.passes.fold_norms import FoldNorms
 from planish.passes.pipeline import Pipeline
 from planish.passes.rotate import Rotate
@@ -31,8 +32,9 @@ ROTATED = ("llama", "gemma", "phi3", "mixtral", "deepseek_v3", "gpt_oss")
 DECLINED = {
     "gemma2": "joins it with other values (a residual)",  # norms write into the stream
     "t5": "is returned by the program",
-    "bert": "does not treat all channels alike",  # LayerNorm takes the mean
+    "bert": "is returned by the program",
 }
+RMS_NORM = torch.ops.planish.rms_norm.default
 
 
 def raised(name: str) -> Program:
@@ -56,13 +58,48 @@ def test_streams_and_heads_are_rotated(name: str) -> None:
     notes = [applied.note for applied in record.applied]
     assert any(note == "residual stream, Hadamard with random signs" for note in notes)
     assert any(note.startswith("value heads, ") for note in notes)
-    names = {node.name for node in after.graph.nodes if node.op == "call_function"}
-    assert names == {n.name for n in program.graph.nodes if n.op == "call_function"}
+    assert calls(after) == calls(program)
     for kept in ("model.embed_tokens.weight", "model.layers.0.self_attn.o_proj.weight"):
         old, new = program.weights[kept], after.weights[kept]
         assert not torch.allclose(old, new, rtol=0.1) and old.norm() == pytest.approx(
             float(new.norm()), rel=1e-5
         )
+
+
+def calls(program: Program) -> set[str]:
+    return {node.name for node in program.graph.nodes if node.op == "call_function"}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "cohere"])
+def test_layer_norms_become_rms_norms_first(name: str) -> None:
+    after = rotated(raised(name))
+    record = after.history.records[-1]
+    notes = [applied.note for applied in record.applied]
+    assert not record.declined and "was a LayerNorm" in notes
+    assert "residual stream, Hadamard with random signs" in notes
+    assert sum(node.target is RMS_NORM for node in after.graph.nodes) >= 3
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("bloom", "a norm writes into the stream"),
+        ("distilbert", "is returned by the program"),
+        ("whisper", ""),
+    ],
+)
+def test_center_norms_alone(name: str, sentence: str) -> None:
+    """Every replaced norm is held to its contract too; the streams that stay say why."""
+    program = raised(name)
+    step = CenterNorms()
+    probes = [list(program.examples)]
+    after = Pipeline([step], verify="numbers", on_break="raise").run(program, probes=probes)
+    record = after.history.records[-1]
+    if sentence:
+        assert not record.applied and sentence in record.declined[0].reason
+    else:
+        norms = [node for node in after.graph.nodes if node.target is RMS_NORM]
+        assert len(norms) == 7  # the decoder's; the encoder starts behind a convolution
 
 
 @pytest.mark.parametrize("name", DECLINED)
