@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import time
 from collections.abc import Callable
@@ -117,6 +118,7 @@ def hqq(options: argparse.Namespace, ids: Tensor) -> dict[str, Tensor]:
 
 
 def gptqmodel(options: argparse.Namespace, ids: Tensor) -> dict[str, Tensor]:
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # it does not start with one
     from gptqmodel import GPTQModel, QuantizeConfig
 
     config = QuantizeConfig(bits=options.bits, group_size=options.group, sym=not options.asymmetric)
