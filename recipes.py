@@ -140,7 +140,7 @@ def _named(
     name: str, description: str, *parts: str | tuple[str, dict[str, Any]], bits: int = 4
 ) -> Recipe:
     """A method of the field by its own name: linear layers only, groups of 64, symmetric."""
-    grid = {"bits": bits, "group_size": 64}
+    grid = {"bits": bits, "group_size": 64, "scale_dtype": "float16"}
     filled = [(part, grid) if isinstance(part, str) and part in _GRID else part for part in parts]
     return Recipe(name, description, _before_fusing(*filled))
 
