@@ -33,10 +33,16 @@ def affine_parts(editor: Editor, name: str, form: AffineForm) -> AffineParts:
     packed = pack(form.steps)
     kinds = {"codes": packed.codes, "scale": packed.scale, "zero": packed.zero}
     steps = [
-        None if part is None else editor.weight(f"{name}.packed_{kind}", part)
+        None if part is None else shared_part(editor, f"{name}.packed_{kind}", part)
         for kind, part in kinds.items()
     ]
     return AffineParts(form, packed, steps, beside_parts(editor, name, form))
+
+
+def shared_part(editor: Editor, name: str, part: torch.Tensor) -> Node:
+    """A part of a weight; the one that is there if other readers of the weight stored it."""
+    known = name in editor.program.weights
+    return editor.weight(name) if known else editor.weight(name, part)
 
 
 def beside_parts(editor: Editor, name: str, form: AffineForm) -> dict[str, Node]:

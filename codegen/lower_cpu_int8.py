@@ -17,7 +17,7 @@ from ..kernels.catalog import kernels
 from ..kernels.linear_affine import pack
 from ..kernels.linear_w8a8_cpu import code_sums
 from .int8_codes import regular_codes, viewed
-from .lower_affine import beside_parts, cast, entry_terms, with_additions
+from .lower_affine import beside_parts, cast, entry_terms, shared_part, with_additions
 from .select_int8 import RoundedProduct, rounded_products, sentence
 
 _ATEN = torch.ops.aten
@@ -124,8 +124,5 @@ class _Lowering:
         return codes, steps, None
 
     def _part(self, product: RoundedProduct, kind: str, part: Tensor | None) -> Node | None:
-        if part is None:
-            return None
         name = f"{product.weight.target}.packed_{kind}"
-        known = name in self.editor.program.weights
-        return self.editor.weight(name) if known else self.editor.weight(name, part)
+        return None if part is None else shared_part(self.editor, name, part)

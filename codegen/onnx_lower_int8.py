@@ -17,7 +17,7 @@ from ..ir.pattern import bound_arguments
 from ..ir.program import Node, Program
 from ..ir.text import value_names
 from .int8_codes import regular_codes, viewed
-from .select_int8 import PRODUCTS, RoundedProduct, rounded_products
+from .select_int8 import RoundedProduct, rounded_products
 
 _LIBRARY = torch.library.Library("planish_onnx", "FRAGMENT")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -101,7 +101,7 @@ def _replace(
 ) -> None:
     node = product.node
     x = bound_arguments(product.rounded)["x"] if outliers is not None else None
-    turned = PRODUCTS[node.target][3] == -2
+    turned = product.axis == -2
     with editor.at(node):
         codes = viewed(editor, codes, product)
         scale, zero = (_by_row(editor, part, product) for part in (scale, zero))  # type: ignore[assignment]

@@ -13,6 +13,7 @@ from ..ir.affine_form import affine_form, why_not_affine
 from ..ir.encoded import Encoded
 from ..ir.pattern import bound_arguments
 from ..ir.program import Node, Program
+from ..ir.weight_roles import _swaps_last_two
 from ..kernels.catalog import kernels
 from .select import described
 
@@ -26,6 +27,7 @@ PRODUCTS: dict[Any, tuple[str, str, str | None, int]] = {
     _ATEN.matmul.default: ("self", "other", None, -2),
 }
 ROUNDED = {_OPS.dequantize.default, _OPS.round_regular.default}
+_TRANSPOSES = {_ATEN.t.default, _ATEN.transpose.int, _ATEN.permute.default}
 _RESHAPES = {_ATEN.view.default, _ATEN.reshape.default, _ATEN._unsafe_view.default}
 
 
@@ -34,14 +36,15 @@ class RoundedProduct:
     """A product that reads rounded activations.
 
     rounded: the node that dequantizes, or keeps outliers; views: the reshapes between, outermost
-    last; weight: its node; entry: how it is kept; bias: a vector or None; declined: why it is
-    not computed on integers, or "".
+    last; weight: its node; axis: of the weight, that is summed; entry: how it is kept; bias: a
+    vector or None; declined: why it is not computed on integers, or "".
     """
 
     node: Node
     rounded: Node
     views: tuple[Node, ...]
     weight: Node
+    axis: int
     entry: Encoded | None
     bias: Node | None
     declined: str = ""
@@ -88,7 +91,7 @@ def rounded_products(program: Program, why_not: WhyNot = cpu_why_not) -> list[Ro
 
 
 def _product(program: Program, node: Node) -> RoundedProduct | None:
-    activations, weight_name, bias_name, _ = PRODUCTS[node.target]
+    activations, weight_name, bias_name, axis = PRODUCTS[node.target]
     given = bound_arguments(node)
     views: list[Node] = []
     value = given[activations]
@@ -98,10 +101,12 @@ def _product(program: Program, node: Node) -> RoundedProduct | None:
     if value.target not in ROUNDED:
         return None
     weight = given[weight_name]
+    while weight.target in _TRANSPOSES and _swaps_last_two(weight):
+        weight, axis = weight.args[0], -3 - axis
     entry = program.weights.entry(str(weight.target)) if weight.op == "get_attr" else None
     encoded = entry if isinstance(entry, Encoded) else None
     bias = given[bias_name] if bias_name else None
-    return RoundedProduct(node, value, tuple(views), weight, encoded, bias)
+    return RoundedProduct(node, value, tuple(views), weight, axis, encoded, bias)
 
 
 def _same_rows(view: Node) -> bool:
@@ -113,10 +118,10 @@ def _same_rows(view: Node) -> bool:
 
 def _why_not(product: RoundedProduct) -> str | None:
     """What is odd about a product, whatever the target."""
-    node, entry, axis = product.node, product.entry, PRODUCTS[product.node.target][3]
+    node, entry = product.node, product.entry
     if product.weight.op != "get_attr" or entry is None:
         return "its weight is dense"
-    if entry.axis != axis or len(entry.shape) != 2:
+    if entry.axis != product.axis or len(entry.shape) != 2:
         return "its weight's groups do not lie along the axis that is summed"
     if node.target is _ATEN.addmm.default:
         given = bound_arguments(node)

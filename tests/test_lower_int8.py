@@ -13,6 +13,7 @@ from planish.ir.interpret import run
 from planish.ir.program import Program
 from planish.kernels import native
 from planish.kernels.linear_w8a8_cpu import SOURCE
+from planish.passes.canonicalize import Canonicalize
 from planish.passes.pipeline import Pipeline
 from planish.passes.quantize_activations import QuantizeActivations
 from planish.passes.quantize_weights import QuantizeWeights
@@ -130,6 +131,32 @@ def test_half_precision_comes_back_in_half_precision() -> None:
     exact = run(program, [x], float64=True)[0]
     assert found.dtype == torch.bfloat16
     assert (found - exact).norm().item() <= 2.0**-6 * exact.norm().item()
+
+
+class Tied(nn.Module):
+    """A table whose rows are looked up, and multiplied as a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(40, 24)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return torch.relu(self.table(ids)) @ self.table.weight.t()
+
+
+def test_a_table_and_its_head_share_the_packed_codes() -> None:
+    ids = torch.arange(12).reshape(3, 4)
+    before = capture_module(Tied(), (ids,))
+    steps = [QuantizeWeights(embeddings="int8-channel-sym-f32"), QuantizeActivations()]
+    program = Pipeline([Canonicalize(), *steps]).run(before)
+    module = lower(program)
+    assert targets(program) == ["rows_affine", "quantize_rows_cpu", "linear_w8a8_cpu"]
+    assert len([name for name, _ in module.named_buffers()]) == 2
+    with torch.no_grad():
+        found = module(ids)[0]
+    exact = run(program, [ids], float64=True)[0]
+    assert (found - exact).abs().max().item() <= 64 * EPS * exact.abs().max().item()
 
 
 @pytest.mark.parametrize(
