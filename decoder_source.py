@@ -64,9 +64,9 @@ class DecoderSource:
     @classmethod
     def _of_path(cls, path: Path) -> DecoderSource:
         if path.suffix == ".gguf":
-            from .ir.read_gguf import gguf_folder
+            from .ir.read_gguf import gguf_settings
 
-            path = gguf_folder(path)
+            path = gguf_settings(path)
         if not (path / "config.json").is_file():
             return cls()
         return cls(path, read_json(path / "config.json"), read_json(path / GENERATION))

@@ -40,6 +40,13 @@ _CASES: list[tuple[str, str, dict[str, str], str, torch.dtype]] = [
         "transformers, unpacked",
         torch.float32,
     ),
+    (
+        "compressed-tensors",
+        "fp8-e4m3-channel",
+        {"activations": "fp8"},
+        "transformers, unpacked",
+        torch.float32,
+    ),
     ("gptq", "int4-g64-sym-f16", {}, "gptqmodel", _F16),
     ("gptq", "int4-g64-asym-f16", {}, "gptqmodel", _F16),
     ("gptq", "int3-g64-asym-f16", {}, "gptqmodel", _F16),

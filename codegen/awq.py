@@ -41,7 +41,7 @@ def _layer(name: str, entry: Entry) -> Layer | None:
     return layer if fits else None
 
 
-def _settings(layers: Layers) -> dict[str, Any]:
+def _settings(layers: Layers[Layer]) -> dict[str, Any]:
     return {
         "quant_method": "awq",
         "version": "gemm",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
@@ -16,8 +16,8 @@ from ..ir.weights import Entry
 from ..ir.write_safetensors import Planned
 from .checkpoint_entries import checkpoint_entries, linear_names
 from .checkpoint_folder import DTYPES, planned_entry, read_shard_bytes, write_folder
-from .checkpoint_layers import Layer, refuse_layer
-from .checkpoint_source import checkpoint_model
+from .checkpoint_layers import refuse_layer
+from .checkpoint_source import CheckpointModel, checkpoint_model
 
 OPTIONS: dict[str, tuple[str, ...]] = {"dtype": tuple(DTYPES)}
 OPEN_OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
@@ -26,16 +26,26 @@ OPEN_OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
 }
 
 
+class QuantizedLayer(Protocol):
+    """A weight as some checkpoint format sees it; path: of its layer."""
+
+    @property
+    def path(self) -> str: ...
+
+
+L = TypeVar("L", bound=QuantizedLayer)
+
+
 @dataclass(frozen=True)
-class Layers:
+class Layers(Generic[L]):
     """The quantized layers of a checkpoint, and the paths of matrices that stay dense."""
 
-    quantized: Mapping[str, Layer]
+    quantized: Mapping[str, L]
     dense: list[str]
 
 
 @dataclass(frozen=True)
-class CheckpointFormat:
+class CheckpointFormat(Generic[L]):
     """How one format holds a layer.
 
     layer: the layer of a weight, or None; it must hold what `expected` says, else `fix` helps.
@@ -44,18 +54,18 @@ class CheckpointFormat:
     """
 
     name: str
-    layer: Callable[[str, Entry], Layer | None]
+    layer: Callable[[str, Entry], L | None]
     expected: str
     fix: str
-    settings: Callable[[Layers], dict[str, Any]]
-    tensors: Callable[[Layer, Mapping[str, Any], torch.dtype | None], dict[str, Planned]]
+    settings: Callable[[Layers[L]], dict[str, Any]]
+    tensors: Callable[[L, Mapping[str, Any], torch.dtype | None], dict[str, Planned]]
 
     def write(self, program: Program, folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
         """Write the folder; returns what the manifest tells. Raises UnsupportedByTarget."""
         model = checkpoint_model(program, options["source"], self.name)
         entries = checkpoint_entries(program, model, self.name)
         dtype = DTYPES[options["dtype"]]
-        layers = self._layers(entries, linear_names(model, entries))
+        layers = self._layers(entries, model)
         settings = self.settings(layers)
         tensors: dict[str, Planned] = {}
         for name, entry in entries.items():
@@ -78,12 +88,10 @@ class CheckpointFormat:
         ]
         return {"checkpoint": {"quantized_layers": len(layers.quantized), "decoded": decoded}}
 
-    def _layers(self, entries: Mapping[str, Entry], linears: list[str]) -> Layers:
-        quantized: dict[str, Layer] = {}
-        dense: list[str] = []
-        for name in linears:
+    def _layers(self, entries: Mapping[str, Entry], model: CheckpointModel) -> Layers[L]:
+        quantized: dict[str, L] = {}
+        for name in linear_names(model, entries):
             if not isinstance(entries[name], Encoded):
-                dense.append(name.rpartition(".")[0])
                 continue
             layer = self.layer(name, entries[name])
             if layer is None:
@@ -97,4 +105,4 @@ class CheckpointFormat:
                 found="dense weights",
                 fix="choose a recipe that quantizes, or save the model with save_pretrained",
             )
-        return Layers(quantized, dense)
+        return Layers(quantized, [p for p in model.products if f"{p}.weight" not in quantized])

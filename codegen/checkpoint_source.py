@@ -46,6 +46,15 @@ class CheckpointModel:
         known = isinstance(module, (nn.Linear, nn.Embedding)) or type(module).__name__ == "Conv1D"
         return module if known else None
 
+    @property
+    def products(self) -> list[str]:
+        """The paths of all matrix products, tied ones too."""
+        return [
+            path
+            for path, module in self.module.named_modules()
+            if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+        ]
+
     def copy_files(self, folder: Path) -> None:
         """Copy what lies beside the weights: tokenizer, chat template, generation settings."""
         for file in sorted(self.folder.iterdir()):

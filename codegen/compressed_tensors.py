@@ -1,7 +1,8 @@
 """Target compressed-tensors: a folder that vLLM and transformers load, codes bit for bit.
 
 Integers are packed in words (pack-quantized), or, with activations=int8, kept a byte each for
-products of 8 bits by 8 bits (int-quantized), each token's activations being rounded as they come.
+products of 8 bits by 8 bits (int-quantized); float8 stays float8 (float-quantized), with
+activations=fp8 for products of float8. Each token's activations are then rounded as they come.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..ir.format_fp8 import Float8
 from ..ir.layout_words import WordPacked
 from ..ir.program import Program
 from ..ir.weights import Entry
@@ -19,21 +21,19 @@ from ..ir.write_safetensors import Planned
 from .checkpoint_export import OPEN_OPTIONS, OPTIONS, CheckpointFormat, Layers
 from .checkpoint_folder import made_later, planned_tensor
 from .checkpoint_layers import Layer, affine_layer
+from .compressed_tensors_config import per_token, quantization_config
+from .compressed_tensors_float import float8_format
 from .target import Target
-
-_PER_TOKEN = {
-    "num_bits": 8,
-    "type": "int",
-    "symmetric": True,
-    "strategy": "token",
-    "dynamic": True,
-}
 
 
 def export(
     program: Program, folder: Path, profile: str, metadata: Mapping[str, Any], **options: Any
 ) -> dict[str, Any]:
     """Write the folder. Raises UnsupportedByTarget."""
+    weights = program.weights
+    formats = [getattr(weights.entry(name), "format", None) for name in weights]
+    if options["activations"] == "fp8" or any(isinstance(fmt, Float8) for fmt in formats):
+        return float8_format(options["activations"]).write(program, folder, options)
     form = _WHOLE if options["activations"] == "int8" else _PACKED
     return form.write(program, folder, options)
 
@@ -87,39 +87,23 @@ def _whole(
     return {f"{layer.path}.{ending}": tensor for ending, tensor in made.items()}
 
 
-def _packed_settings(layers: Layers) -> dict[str, Any]:
+def _packed_settings(layers: Layers[Layer]) -> dict[str, Any]:
     return _settings(layers, "pack-quantized", None)
 
 
-def _whole_settings(layers: Layers) -> dict[str, Any]:
-    return _settings(layers, "int-quantized", _PER_TOKEN)
+def _whole_settings(layers: Layers[Layer]) -> dict[str, Any]:
+    return _settings(layers, "int-quantized", per_token("int"))
 
 
-def _settings(layers: Layers, form: str, activations: Mapping[str, Any] | None) -> dict[str, Any]:
-    """quantization_config: one group of layers for each kind; the usual kind targets Linear."""
+def _settings(
+    layers: Layers[Layer], form: str, activations: Mapping[str, Any] | None
+) -> dict[str, Any]:
     kinds: dict[tuple[int, int, bool], list[str]] = {}
     for layer in layers.quantized.values():
         kind = (layer.bits, layer.group_size or -1, layer.symmetric)
         kinds.setdefault(kind, []).append(layer.path)
-    usual = max(kinds, key=lambda kind: len(kinds[kind]))
-    groups = {
-        f"group_{number}": {
-            "targets": ["Linear"] if kind == usual else paths,
-            "weights": _weights(*kind),
-            "input_activations": dict(activations) if activations else None,
-            "output_activations": None,
-            "format": form,
-        }
-        for number, (kind, paths) in enumerate(kinds.items())
-    }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": form,
-        "quantization_status": "compressed",
-        "config_groups": groups,
-        "ignore": layers.dense,
-        "kv_cache_scheme": None,
-    }
+    groups = [(_weights(*kind), paths) for kind, paths in kinds.items()]
+    return quantization_config(form, groups, activations, layers.dense)
 
 
 def _weights(bits: int, group_size: int, symmetric: bool) -> dict[str, Any]:
@@ -155,6 +139,6 @@ TARGET = Target(
     export,
     profiles=("vllm",),
     doc="a compressed-tensors checkpoint for vLLM and transformers",
-    options={"activations": ("none", "int8"), **OPTIONS},
+    options={"activations": ("none", "int8", "fp8"), **OPTIONS},
     open_options=OPEN_OPTIONS,
 )

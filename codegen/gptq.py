@@ -68,7 +68,7 @@ def _tensors(
     return {f"{layer.path}.{ending}": tensor for ending, tensor in made.items()}
 
 
-def _settings(layers: Layers, form: str = "auto") -> dict[str, Any]:
+def _settings(layers: Layers[Layer], form: str = "auto") -> dict[str, Any]:
     """quantization_config; what differs from the usual layer stands in `dynamic`."""
     found = layers.quantized.values()
     kinds = {layer.path: (layer.bits, layer.group_size or -1) for layer in found}
@@ -97,7 +97,7 @@ def _settings(layers: Layers, form: str = "auto") -> dict[str, Any]:
     }
 
 
-def _refuse_zero(layers: Layers) -> None:
+def _refuse_zero(layers: Layers[Layer]) -> None:
     for name, layer in layers.quantized.items():
         if not layer.symmetric and bool((layer.zero_point() == 0).any()):
             raise UnsupportedByTarget(

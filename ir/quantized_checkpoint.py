@@ -19,7 +19,9 @@ from .encoded_model import EncodedModel
 from .errors import TensorMismatch
 from .load_state import load_state, main_dtype
 from .read_awq import read_awq
+from .read_bitnet import read_bitnet
 from .read_compressed_tensors import read_compressed_tensors
+from .read_float8 import read_float8
 from .read_gptq import read_gptq
 from .read_hf_folder import (
     Attention,
@@ -36,6 +38,8 @@ _READERS: dict[str, _Reader] = {
     "gptq": read_gptq,
     "awq": read_awq,
     "compressed-tensors": read_compressed_tensors,
+    "bitnet": read_bitnet,
+    "fp8": read_float8,
 }
 
 

@@ -19,10 +19,10 @@ from .checkpoint_tensors import CheckpointTensors
 from .encoded import Encoded
 from .errors import UnsupportedCheckpoint
 from .layout_words import WordPacked
+from .read_float8 import FLOAT8, float8_entry, spread_rows
 from .read_gptq import affine_entry
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _OF_ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
 _FORMATS = ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized", "dense")
 
@@ -135,12 +135,14 @@ def _zero_points(
 def _naive(
     tensors: CheckpointTensors, layer: str, scheme: Mapping[str, Any], dtype: torch.dtype
 ) -> Encoded:
-    weight = tensors.take(layer, "weight", (torch.int8, *_FP8), 2)
+    weight = tensors.take(layer, "weight", (torch.int8, *FLOAT8), 2)
     scale = tensors.take(layer, "weight_scale", _FLOATS)
     rows, length = weight.shape
     scale, size = _scales(tensors, layer, scale, scheme, (rows, length))
-    if weight.dtype in _FP8:
-        raise NotImplementedError
+    if weight.dtype in FLOAT8:
+        _drop(tensors, layer)
+        whole = scheme.get("strategy") == "tensor"
+        return float8_entry(weight, scale, "tensor" if whole else size or "channel", dtype)
     half = 1 << (int(scheme["num_bits"]) - 1)
     zeros = None
     if not scheme.get("symmetric", True):
@@ -168,9 +170,9 @@ def _scales(
         return scale.reshape(1, 1).expand(rows, 1).contiguous(), None
     block = scheme.get("block_structure")
     if scheme.get("strategy") == "block" and block:
-        tall, wide = (int(side) for side in block)
-        tensors.check_shape(layer, "weight_scale", scale, (-(-rows // tall), -(-length // wide)))
-        return scale.repeat_interleave(tall, 0)[:rows].contiguous(), wide
+        sides = [int(side) for side in (block if isinstance(block, list) else block.split("x"))]
+        name = f"{layer}.weight_scale"
+        return spread_rows(tensors, name, scale, sides, torch.Size(shape)), sides[1]
     size = int(scheme.get("group_size") or -1)
     groups = 1 if size <= 0 else -(-length // size)
     scale = scale.reshape(rows, -1) if scale.dim() == 1 and scale.numel() == rows else scale

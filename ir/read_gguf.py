@@ -142,6 +142,7 @@ def _convert_settings(file: Path, header: GgufHeader, out: Path) -> None:
             model: Any = make(config)
         config.architectures = [type(model).__name__]
         config.save_pretrained(str(out))
+        transformers.GenerationConfig.from_model_config(config).save_pretrained(str(out))
         _save_tokenizer(transformers, file, out)
 
 

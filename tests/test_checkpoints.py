@@ -12,7 +12,7 @@ import torch
 import transformers
 from planish.codegen.target import export_program
 from planish.ir.encoded import Encoded
-from planish.ir.errors import UnsupportedByTarget
+from planish.ir.errors import UnsupportedByTarget, UnsupportedCheckpoint
 from planish.ir.formats import parse_format
 from planish.ir.layout_gptq import GptqLayout
 from planish.ir.program import Program
@@ -21,6 +21,7 @@ from planish.ir.read_safetensors import read_safetensors
 from safetensors.torch import save_file
 from tiny_checkpoints import assert_same_codes, dense_llama, encoded_weights, quantized
 from torch import Tensor
+from transformers.integrations.bitnet import pack_weights
 
 _IDS = torch.arange(22).reshape(2, 11)
 _CASES = {
@@ -34,6 +35,8 @@ _CASES = {
     "compressed-tensors": ("int4-g32-sym-f16", {}),
     "compressed-tensors-asym": ("int4-g32-asym-f16", {}),
     "compressed-tensors-5": ("int5-channel-asym-f32", {}),
+    "compressed-tensors-fp8": ("fp8-e4m3-channel", {"activations": "fp8"}),
+    "compressed-tensors-fp8-tensor": ("fp8-e4m3-tensor-f16", {}),
     "compressed-tensors-w8a8": ("int8-channel-sym-f32", {"activations": "int8"}),
 }
 
@@ -56,7 +59,6 @@ def test_what_is_written_is_read_with_the_same_codes(
     assert read.entries.keys() == mine.keys() and len(mine) == 14
     for name, entry in mine.items():
         assert_same_codes(entry, read.entries[name])
-        assert (entry.zero_point is None) == (read.entries[name].zero_point is None)
     assert {file.name for file in folder.iterdir()} >= {"tokenizer.json", "config.json"}
     state = read.module.state_dict()
     for name in ("model.embed_tokens.weight", "model.norm.weight"):
@@ -138,6 +140,15 @@ def test_groups_in_the_order_of_activations_are_kept(dense: Program, tmp_path: P
         assert torch.equal(rewritten[name], tensor), name
 
 
+def test_a_tied_head_is_told_to_be_dense(dense: Program, tmp_path: Path) -> None:
+    program = quantized(dense, "int4-g32-sym-f16")
+    for target, key in (("awq", "modules_to_not_convert"), ("compressed-tensors", "ignore")):
+        folder = export_program(program, tmp_path / target, target)
+        settings = json.loads((folder / "config.json").read_text())
+        assert settings["quantization_config"][key] == ["lm_head"]
+        assert settings["tie_word_embeddings"] is True
+
+
 def test_a_head_that_a_pass_untied_is_written(dense: Program, tmp_path: Path) -> None:
     program = quantized(dense, "int4-g32-sym-f16")
     head = dense.weights["model.embed_tokens.weight"] * 2
@@ -177,6 +188,58 @@ def test_convolutions_of_one_are_kept_as_the_model_has_them(tmp_path: Path) -> N
         assert_same_codes(entry, read.entries[name])
 
 
+def test_blocks_of_float8_are_read(dense: Program, tmp_path: Path) -> None:
+    """Fine-grained fp8: a scale for each block of 32 outputs by 32 inputs."""
+    folder = _folder_of(dense, tmp_path)
+    tensors = dict(read_safetensors(folder))
+    expected: dict[str, Tensor] = {}
+    for name in [name for name in tensors if name.endswith("proj.weight")]:
+        rows, length = tensors[name].shape
+        codes = (40 * tensors.pop(name)).to(torch.float8_e4m3fn)
+        scale = torch.rand(rows // 32, length // 32)
+        tensors |= {name: codes, f"{name}_scale_inv": scale}
+        spread = scale.repeat_interleave(32, 0).repeat_interleave(32, 1)
+        expected[name] = codes.float() * spread
+    save_file(tensors, folder / "model.safetensors")
+    _tell(folder, quant_method="fp8", weight_block_size=[32, 32])
+    read = read_quantized_folder(folder)
+    assert read.entries.keys() == expected.keys()
+    for name, entry in read.entries.items():
+        assert entry.format.name == "fp8-e4m3-g32" and torch.equal(entry.decode(), expected[name])
+
+
+@pytest.mark.parametrize("kind", ["bitlinear", "autobitlinear"])
+def test_bitnet_weights_are_read(kind: str, dense: Program, tmp_path: Path) -> None:
+    folder = _folder_of(dense, tmp_path)
+    tensors = dict(read_safetensors(folder))
+    expected: dict[str, Tensor] = {}
+    for name in [name for name in tensors if name.endswith("proj.weight")]:
+        ternary = (40 * tensors.pop(name)).round().clamp(-1, 1)
+        scale = torch.rand(1) + 0.5
+        tensors |= {name: pack_weights(ternary.clone()), f"{name}_scale": scale}
+        expected[name] = ternary * (1 / scale if kind == "bitlinear" else scale)
+    save_file(tensors, folder / "model.safetensors")
+    _tell(folder, quant_method="bitnet", linear_class=kind)
+    read = read_quantized_folder(folder)
+    assert read.entries.keys() == expected.keys()
+    for name, entry in read.entries.items():
+        assert entry.format.name == "ternary-tensor"
+        assert torch.equal(entry.decode(), expected[name])
+    _tell(folder, quant_method="bitnet", use_rms_norm=True)
+    with pytest.raises(UnsupportedCheckpoint, match="use_rms_norm"):
+        read_quantized_folder(folder)
+
+
+def _folder_of(dense: Program, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(dense.metadata["origin"], tmp_path / "changed"))
+
+
+def _tell(folder: Path, **how: object) -> None:
+    settings = json.loads((folder / "config.json").read_text())
+    settings["quantization_config"] = how
+    (folder / "config.json").write_text(json.dumps(settings))
+
+
 def test_experts_are_put_together_from_their_files(tmp_path: Path) -> None:
     """A checkpoint has one layer an expert and projection; the model has them stacked."""
     torch.manual_seed(0)
@@ -206,9 +269,7 @@ def test_experts_are_put_together_from_their_files(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     shutil.copytree(tmp_path / "dense", folder)
     save_file(stored, folder / "model.safetensors")
-    settings = json.loads((folder / "config.json").read_text())
-    settings["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
-    (folder / "config.json").write_text(json.dumps(settings))
+    _tell(folder, quant_method="gptq", bits=4, group_size=32)
     read = read_quantized_folder(folder)
     prefix = "model.layers.0.mlp.experts"
     assert set(read.entries) == {f"{prefix}.gate_up_proj", f"{prefix}.down_proj"}

@@ -11,7 +11,8 @@ import planish
 import torch
 import transformers
 from planish.ir.encoded import Encoded
-from planish.ir.formats import parse_format
+from planish.ir.format_ordered import Ordered
+from planish.ir.formats import AffineInt, parse_format
 from planish.ir.program import Program
 
 
@@ -66,6 +67,10 @@ def assert_same_codes(mine: Encoded, theirs: Encoded) -> None:
     assert mine.shape == theirs.shape and mine.axis == theirs.axis
     assert torch.equal(mine.codes(), theirs.codes())
     assert mine.scale.dtype == theirs.scale.dtype and torch.equal(mine.scale, theirs.scale)
-    if mine.zero_point is not None and theirs.zero_point is not None:
-        assert torch.equal(mine.zero_point, theirs.zero_point)
     assert torch.equal(mine.decode(), theirs.decode())
+    if not isinstance(mine.format, (AffineInt, Ordered)):
+        assert mine == theirs
+        return
+    zeros = mine.zero_point, theirs.zero_point
+    assert (zeros[0] is None) == (zeros[1] is None)
+    assert zeros[0] is None or torch.equal(zeros[0], zeros[1])
