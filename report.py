@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from .ir.encoded import Encoded
 from .ir.history import Applied, Declined, History
 from .ir.program import Program
 
@@ -14,7 +15,8 @@ from .ir.program import Program
 class Report:
     """raised: kind -> (raised, candidates). declines: a sentence for each one left alone.
 
-    notes: what was raised with a remark, for example a mask that stays explicit.
+    notes: what was raised with a remark, for example a mask that stays explicit. kernels: of a
+    quantized program, what computes each product with a weight on the CPU.
     """
 
     raised: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
@@ -24,6 +26,7 @@ class Report:
     nbytes: int = 0
     nodes: int = 0
     history: list[str] = field(default_factory=list[str])
+    kernels: list[str] = field(default_factory=list[str])
 
     def __str__(self) -> str:
         lines = [
@@ -35,6 +38,11 @@ class Report:
             lines.append(f"  {kind:<{width}}  {raised} of {candidates} raised")
         lines += [f"  - {sentence}" for sentence in self.declines]
         lines += [f"  note: {sentence}" for sentence in self.notes]
+        if self.kernels:
+            from .codegen.explain_products import grouped
+
+            lines.append("products with weights, on the CPU:")
+            lines += [f"  {line}" for line in grouped(self.kernels)]
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
@@ -46,6 +54,7 @@ class Report:
             "nbytes": self.nbytes,
             "nodes": self.nodes,
             "history": self.history,
+            "kernels": self.kernels,
         }
 
 
@@ -66,7 +75,17 @@ def report(program: Program) -> Report:
         nbytes=program.nbytes(),
         nodes=sum(node.op == "call_function" for node in program.graph.nodes),
         history=[record.line() for record in program.history],
+        kernels=_kernels(program),
     )
+
+
+def _kernels(program: Program) -> list[str]:
+    """What computes each product of a quantized program; nothing for one that is all dense."""
+    if not any(isinstance(program.weights.entry(name), Encoded) for name in program.weights):
+        return []
+    from .codegen.explain_products import product_sentences
+
+    return product_sentences(program)
 
 
 def _of_raising(history: History) -> tuple[list[Applied], list[Declined]]:
