@@ -100,6 +100,53 @@ def blocks(b: Builder, name: str, encoded: Encoded, bits: int, block: int) -> Bl
     )
 
 
+def spread_to_nibbles(
+    b: Builder, name: str, encoded: Encoded, stored: Blocks
+) -> tuple[Value, Value]:
+    """The codes and zero points of 2-bit blocks in 4 bits, computed when a session starts."""
+    out, length = encoded.rows_shape
+    count = -(-length // stored.block)
+    uint8 = oir.DataType.UINT8
+
+    def codes() -> Value:
+        bytes_ = b.op("Unsqueeze", stored.codes, b.ints([3]))
+        two, four = b.constant(2, uint8), b.constant(4, uint8)
+        halves = [bytes_, b.op("BitShift", bytes_, four, direction="RIGHT")]
+        spread = [
+            b.op(
+                "BitwiseOr",
+                b.op("BitwiseAnd", half, b.constant(3, uint8)),
+                b.op(
+                    "BitShift",
+                    b.op("BitwiseAnd", half, b.constant(12, uint8)),
+                    two,
+                    direction="LEFT",
+                ),
+            )
+            for half in halves
+        ]
+        pairs = b.op("Concat", *spread, axis=3)
+        return b.op("Reshape", pairs, b.ints([out, count, stored.block // 2]))
+
+    def zeros() -> oir.Tensor:
+        points = encoded.zero_point
+        assert points is not None
+        return oir.Tensor(numpy_of(BitPacked(4).pack(_of_blocks(encoded, points, stored.block))))
+
+    shape = (out, -(-count // 2))
+
+    def zero() -> Value:
+        if affine(encoded).symmetric:  # 2 in every nibble
+            return b.op("Expand", b.constant([[0x22]], uint8), b.ints(shape))
+        return b.lazy(f"{name}.nibble_zeros", uint8, shape, zeros)
+
+    key = (name, "nibbles", stored.block)
+    return (
+        b.once(key, codes),
+        b.once((key, "zero"), zero),
+    )
+
+
 def block_zeros(b: Builder, name: str, encoded: Encoded, block: int) -> Value | None:
     """Zero points [out, blocks, 1], one a byte, as GatherBlockQuantized wants them."""
     if affine(encoded).symmetric:

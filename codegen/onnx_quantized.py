@@ -2,7 +2,9 @@
 
 With profile "ort", MatMulNBits multiplies by 2 and 4 bit codes, and by 8 bit codes when
 activations are rounded to 8 bits too; measured on onnxruntime 1.31.1 its 8 bit kernel for float
-activations is 20 times slower than float32 for one token. Everything else dequantizes: three axes
+activations is 20 times slower than float32 for one token. So is its 2 bit kernel, but 100 times
+slower than that for 4 bits: 2 bit codes are spread to 4 bits when a session starts. Everything
+else dequantizes: three axes
 in front of the product keep onnxruntime from fusing the pair into a MatMulNBits that rounds the
 activations to 8 bits, which is its default for the two-axis form.
 """
@@ -22,6 +24,7 @@ from .onnx_packed import (
     blocks,
     container,
     quantized,
+    spread_to_nibbles,
 )
 from .onnx_weights import weight_name
 
@@ -53,9 +56,13 @@ def _nbits_product(
     stored = blocks(b, weight_name(b, node), encoded, bits, block)
     out, length = encoded.rows_shape
     scale = b.cast(stored.scale, x.dtype or FLOAT)
+    codes, zero = stored.codes, stored.zero
+    if bits == 2 and b.options.activations == "float":
+        bits = 4
+        codes, zero = spread_to_nibbles(b, weight_name(b, node), encoded, stored)
     return b.op(
         "MatMulNBits",
-        *[x, stored.codes, scale, stored.zero, None, bias],
+        *[x, codes, scale, zero, None, bias],
         domain=CONTRIB,
         K=length,
         N=out,
