@@ -107,6 +107,13 @@ def gated(flow: Flow, node: Node) -> Any:
     return ids
 
 
+def activated(flow: Flow, node: Node) -> Any:
+    """An activation function of ours: of each element, and not homogeneous."""
+    if flow.scale:
+        raise Unfollowed("it is not homogeneous")
+    return tie_all(flow, node)
+
+
 MIXING: dict[Any, Any] = {
     _OURS.rms_norm.default: normed,
     _ATEN.rms_norm.default: normed,
@@ -116,4 +123,5 @@ MIXING: dict[Any, Any] = {
     _ATEN.scaled_dot_product_attention.default: attention,
     _OURS.rotary.default: rotated,
     _OURS.gated.default: gated,
+    _OURS.quick_gelu.default: activated,
 }
