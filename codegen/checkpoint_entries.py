@@ -95,9 +95,19 @@ def _refuse_strangers(
     for node in program.weight_nodes():
         name = str(node.target)
         known = {name, *program.weights.names_of(name), *_joined_names(name)}
-        constant = name.startswith("folded.") or not program.weights.dtype(name).is_floating_point
-        if not known & (written | buffers | set(model.ties)) and node.users and not constant:
+        strange = node.users and not known & (written | buffers | set(model.ties))
+        if strange and not _is_constant(program, name):
             raise _unfit(target, f"the program reads {name}", "a weight that a pass added")
+
+
+def _is_constant(program: Program, name: str) -> bool:
+    """What the model's code computes or writes out itself, so that no checkpoint holds it.
+
+    The columns' order that `order_columns` moved to the inputs is none: the model would miss it.
+    """
+    if name.startswith("folded.") or "lifted_tensor" in name:
+        return True
+    return not program.weights.dtype(name).is_floating_point and not name.endswith(".order")
 
 
 def _unfit(target: str, what: str, found: object) -> UnsupportedByTarget:
