@@ -15,7 +15,7 @@ from ..ir.weights import Derived
 from ..kernels.catalog import triton_kernels
 from .find_regions import find_epilogue, keeps_rows, may_prepare
 from .gpu_calls import Calls
-from .gpu_weights import packed_arguments
+from .gpu_weights import integer_arguments, packed_arguments
 from .kernel_call import KernelCall
 from .region import Region, cut_region
 
@@ -84,7 +84,9 @@ def lower_tables(calls: Calls) -> list[str]:
         entry = editor.program.weights.entry(str(table.target))
         if not isinstance(entry, Encoded):
             continue
-        packed = packed_arguments(editor, table, entry, -1)
+        packed = "its groups do not lie along its rows"
+        if entry.axis == -1:
+            packed = integer_arguments(editor, table, entry)
         if not isinstance(packed, str):
             call = {"ids": given["indices"], **packed[1]}
             call |= {"length": table.meta["val"].shape[1], "dtype": entry.dtype}

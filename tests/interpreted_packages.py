@@ -12,6 +12,7 @@ import pytest
 import random_programs
 import torch
 import zoo
+from coded_model import IDS, coded, in_format
 from hypothesis import given, settings
 from planish import optimize
 from planish.codegen import package_runner
@@ -19,6 +20,7 @@ from planish.codegen.kernel_call import KernelCall
 from planish.codegen.lower_triton import lower_for_triton
 from planish.codegen.triton import WEIGHTS, write_sources, write_weights
 from planish.codegen.triton_model import model_source
+from planish.ir.formats import parse_format
 from planish.ir.interpret import run
 from planish.ir.program import Program
 from planish.kernels import attend
@@ -98,6 +100,52 @@ def test_packed_weights(recipe: str, tmp_path: Path) -> None:
         assert any(weight.endswith(".words") for weight in weights)
         tables = {str(node.target) for node in program.weight_nodes()} & weights.keys()
         assert all(weights[table].dim() == 1 or "wpe" in table for table in tables)
+
+
+CODED = {
+    "nf4": "linear_codebook",
+    "fp4-g32-plain": "linear_codebook",
+    "kmeans3-tensor": "linear_codebook",
+    "kmeans4-g32-f16": "linear_codebook",
+    "fp8-e4m3-channel": "linear_codebook",
+    "fp8-e5m2-g32-f16": "linear_codebook",
+    "mxfp4": "linear_codebook",
+    "mxfp6-e3m2": "linear_codebook",
+    "nvfp4": "linear_codebook",
+    "ternary-tensor": "linear_ternary",
+    "ternary-g32": "linear_int",
+    "binary-channel": "linear_int",
+}
+
+
+@pytest.mark.parametrize("name", CODED)
+def test_coded_weights(name: str, tmp_path: Path) -> None:
+    """Each format's codes go to the kernel that reads them, beside float32 activations."""
+    program = in_format(coded(96), parse_format(name), parse_format("int8-channel-sym"))
+    kernels = [node.target.spec.name for node in lower_for_triton(program).program.graph.nodes
+               if isinstance(node.target, KernelCall)]  # fmt: skip
+    assert kernels.count(CODED[name]) == 3
+    assert_as_good(program, [IDS], interpreted(program, [IDS], tmp_path))
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp8", "nvfp4", "nf4"])
+def test_coded_weights_beside_half_precision(name: str, tmp_path: Path) -> None:
+    program = in_format(coded(96, torch.bfloat16), parse_format(name))
+    kernels = [node.target.spec.name for node in lower_for_triton(program).program.graph.nodes
+               if isinstance(node.target, KernelCall)]  # fmt: skip
+    assert kernels.count("linear_codebook" if name == "nf4" else "linear_mx") == 3
+    (got,) = interpreted(program, [IDS], tmp_path)
+    (exact,), (own,) = run(program, [IDS], float64=True), run(program, [IDS])
+    assert (got.double() - exact).abs().max() <= 2 * (own.double() - exact).abs().max()
+
+
+def test_what_no_kernel_reads_is_told() -> None:
+    for name, reason in (("gobo3", "gobo3 is not an affine integer format"),
+                         ("int4-g32-offset", "no kernel adds what int4-g32-offset has"),
+                         ("nf4-g24", "its groups of 24 are no multiple of 16")):  # fmt: skip
+        program = in_format(coded(96), parse_format(name), parse_format("int8-channel-sym"))
+        told = [s for s in lower_for_triton(program).sentences if reason in s]
+        assert len(told) == 3, told
 
 
 def test_half_precision(tmp_path: Path) -> None:
