@@ -2,8 +2,8 @@
 
 Symmetric integers of up to 4 bits become Q4_0 and of up to 8 bits Q8_0, 4-bit codes with float16
 offsets Q4_1; scales are repeated for blocks of 32. Everything else is written as floats. The
-metadata (sizes, tokenizer) are those of a GGUF file of the same model: the one that the program
-comes from, or the option source.
+metadata (sizes, tokenizer) are those of a GGUF file of the same model, the one that the program
+comes from or the option source; for some architectures they can be made of a model folder's.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ from ..ir.write_gguf import GgufTensor, entry_bytes, write_gguf
 from .checkpoint_entries import checkpoint_entries
 from .checkpoint_source import ORIGIN, checkpoint_model
 from .gguf_blocks import Block, gguf_block
+from .gguf_metadata import gguf_metadata
 from .target import Target
 
 _NAME = "gguf"
+_FILE_TYPE = "general.file_type"
 _FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}
 _FILE_TYPES = {0: 0, 1: 1, 2: 2, 3: 3, 8: 7, 30: 32}  # of general.file_type, by a tensor's type
 
@@ -38,40 +40,40 @@ def export(
     program: Program, folder: Path, profile: str, metadata: Mapping[str, Any], **options: Any
 ) -> dict[str, Any]:
     """Write model.gguf. Raises UnsupportedByTarget."""
-    source = Path(options["source"] or str(program.metadata.get(ORIGIN) or ""))
-    if source.suffix != ".gguf" or not source.is_file():
-        raise UnsupportedByTarget(
-            "target gguf takes sizes and tokenizer from a GGUF file of the same model",
-            expected="a program that was read from a .gguf file, or one as the option source",
-            found=str(source) if source.name else "a program that names no file",
-            fix="pass --target-set source=MODEL.gguf, with any types of tensors",
-        )
-    model = checkpoint_model(program, str(source), _NAME)
+    model = checkpoint_model(program, options["source"], _NAME)
     entries = checkpoint_entries(program, model, _NAME)
-    header = read_gguf_header(source)
-    names = GgufNames(header.architecture, model.module, source)
+    source = Path(options["source"] or str(program.metadata[ORIGIN]))
+    header = read_gguf_header(source) if source.suffix == ".gguf" else None
+    if header is None:
+        told = gguf_metadata(model, options["pretokenizer"])
+        architecture = str(model.settings["model_type"])
+    else:
+        told = _copied_metadata(header, source)
+        architecture = header.architecture
+    names = GgufNames(architecture, model.module, source)
     tensors = _tensors(header, names, entries, source)
-    write_gguf(folder / "model.gguf", _metadata(header, source, tensors), tensors)
+    write_gguf(folder / "model.gguf", [*told.values(), _file_type(tensors)], tensors)
     kinds = Counter(LAYOUTS[t.kind].name for t in tensors.values() if t.kind in LAYOUTS)
     return {"checkpoint": {"tensors": len(tensors), "blocks": dict(kinds)}}
 
 
 def _tensors(
-    header: GgufHeader, names: GgufNames, entries: Mapping[str, Entry], source: Path
+    header: GgufHeader | None, names: GgufNames, entries: Mapping[str, Entry], source: Path
 ) -> dict[str, GgufTensor]:
     """In the order of the source; what the model has no parameter for is copied from there."""
     found: dict[str, GgufTensor] = {}
-    order = [*header.tensors, *(name for name in names.parameter if name not in header.tensors)]
+    first = header.tensors if header is not None else {}
+    order = [*first, *(name for name in names.parameter if name not in first)]
     for name in order:
         entry = entries.get(names.parameter.get(name, ""))
         if entry is not None:
             found[name] = _tensor(name, entry, names)
-        elif name not in names.parameter:
+        elif header is not None and name not in names.parameter:
             found[name] = _copied(header, source, name)
     missing = set(entries) - {names.parameter.get(name) for name in found}
     if missing:
         raise UnsupportedByTarget(
-            f"a GGUF file of {header.architecture} has no name for {min(missing)}",
+            f"a GGUF file of this architecture has no name for {min(missing)}",
             found=f"{len(missing)} weights without a name",
             fix="write another kind of checkpoint",
         )
@@ -143,20 +145,23 @@ def _copied(header: GgufHeader, source: Path, name: str) -> GgufTensor:
     return GgufTensor(header.tensors[name], place.kind, place.nbytes, make)
 
 
-def _metadata(header: GgufHeader, source: Path, tensors: Mapping[str, GgufTensor]) -> list[bytes]:
-    """The source's entries as they are, but for the type of most bytes and the alignment."""
-    sizes: Counter[int] = Counter()
-    for tensor in tensors.values():
-        sizes[tensor.kind] += tensor.nbytes
-    kind = _FILE_TYPES.get(sizes.most_common(1)[0][0], 0)
-    replaced = ("general.file_type", "general.alignment")
-    entries = [entry_bytes("general.file_type", kind)]
+def _copied_metadata(header: GgufHeader, source: Path) -> dict[str, bytes]:
+    """The source's entries as they are, but for the type of the tensors and their alignment."""
+    found: dict[str, bytes] = {}
     with source.open("rb") as stream:
         for key, (start, stop) in header.spans.items():
             stream.seek(start)
-            if key not in replaced:
-                entries.append(stream.read(stop - start))
-    return entries
+            if key not in (_FILE_TYPE, "general.alignment"):
+                found[key] = stream.read(stop - start)
+    return found
+
+
+def _file_type(tensors: Mapping[str, GgufTensor]) -> bytes:
+    """The entry that tells the type of most bytes."""
+    sizes: Counter[int] = Counter()
+    for tensor in tensors.values():
+        sizes[tensor.kind] += tensor.nbytes
+    return entry_bytes(_FILE_TYPE, _FILE_TYPES.get(sizes.most_common(1)[0][0], 0))
 
 
 TARGET = Target(
@@ -164,5 +169,5 @@ TARGET = Target(
     export,
     profiles=("llama.cpp",),
     doc="a GGUF file for llama.cpp",
-    open_options={"source": ("", str)},
+    open_options={"source": ("", str), "pretokenizer": ("", str)},
 )

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gguf
 import planish
 import pytest
+import tokenizers
 import torch
 from planish.codegen.target import export_program
 from planish.ir.encoded import Encoded
@@ -18,6 +20,7 @@ from planish.ir.program import Program
 from planish.ir.read_gguf import gguf_folder
 from planish.ir.read_gguf_codes import read_gguf_codes
 from planish.ir.read_safetensors import read_safetensors
+from tiny_checkpoints import dense_llama, tiny_llama
 from tiny_gguf import KINDS, VOCABULARY, write_tiny_gguf
 
 _IDS = torch.arange(22).reshape(2, 11) % VOCABULARY
@@ -141,5 +144,50 @@ def test_what_blocks_cannot_hold_is_refused(converted: Program, tmp_path: Path) 
     refuse("int4-g32-asym-f16", "no block of a GGUF file holds the codes of blk.0")
     refuse("int4-g32-sym-f32", "whose scales are no float16 numbers")
     refuse("int4-g16-sym-f16", "int4-g16-sym-f16")
-    program.metadata["origin"] = str(tmp_path)
-    refuse("int4-g32-sym-f16", "sizes and tokenizer from a GGUF file of the same model")
+    program.metadata["origin"] = str(tmp_path / "nowhere")
+    refuse("int4-g32-sym-f16", "does not know of which model")
+
+
+def _with_tokenizer(folder: Path) -> Path:
+    """A folder with a byte-level BPE tokenizer of a few merges."""
+    letters = {letter: place for place, letter in enumerate("abcdefghij")}
+    vocabulary = {**letters, "ab": 10, "abc": 11}
+    model = tokenizers.models.BPE(vocabulary, [("a", "b"), ("ab", "c")])
+    made = tokenizers.Tokenizer(model)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.add_special_tokens(["<end>"])
+    made.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_a_folder_becomes_a_file(cache: None, tmp_path: Path) -> None:
+    folder = _with_tokenizer(tiny_llama(tmp_path / "folder", eos_token_id=12, bos_token_id=12))
+    program = _quantized(planish.trace(folder), "int8-g32-sym-f16")
+    with pytest.raises(UnsupportedByTarget, match="names the rule by which texts are split"):
+        export_program(program, tmp_path / "out", "gguf")
+    options = {"pretokenizer": "gpt-2"}
+    export_program(program, tmp_path / "out", "gguf", options=options)
+    file = tmp_path / "out" / "model.gguf"
+    header = read_gguf_header(file)
+    assert header.entries["llama.attention.head_count_kv"] == 2
+    assert header.entries["llama.attention.key_length"] == 32
+    assert header.entries["general.file_type"] == 7
+    fields = gguf.GGUFReader(file).fields
+    tokens = fields["tokenizer.ggml.tokens"].contents()
+    assert tokens[10:14] == ["ab", "abc", "<end>", "[PAD13]"] and len(tokens) == 101
+    assert fields["tokenizer.ggml.token_type"].contents()[10:14] == [1, 1, 3, 5]
+    assert fields["tokenizer.ggml.merges"].contents() == ["a b", "ab c"]
+    read = planish.trace(file, keep_codes=True)
+    inputs = {"input_ids": _IDS, "attention_mask": torch.ones_like(_IDS)}
+    assert torch.equal(read(**inputs).logits, program(**inputs).logits)
+
+
+def test_a_folder_that_cannot_tell_is_refused(tmp_path: Path) -> None:
+    for number, changes in enumerate(
+        ({}, {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}})
+    ):
+        folder = tiny_llama(tmp_path / f"folder{number}", **changes)
+        program = _quantized(dense_llama(), "int8-g32-sym-f16")
+        options = {"source": str(folder)}
+        with pytest.raises(UnsupportedByTarget, match="cannot write the metadata of a GGUF file"):
+            export_program(program, tmp_path / "out", "gguf", options=options)
