@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from ..ir.encoded import Encoded, Format
 from ..ir.errors import WrongOption
 from ..ir.grid import Grid
 from ..ir.hessian import Hessian, cross_moment, damped
-from ..ir.program import Node, Program
+from ..ir.program import Program
 from ..ir.weight_roles import Role
 from .calibrate import Activations, Site, observe, product_sites, sweep
 from .calibration_checkpoint import Checkpoint, open_checkpoint
@@ -119,7 +119,8 @@ class _Run:
         sites = [s for s in product_sites(self.program) if wanted & {p.weight for p in s.products}]
         if not sites:
             return
-        batches, options = self.context.calibration, self.method.spelling()
+        batches = self.context.calibration
+        options = replace(self.method, checkpoint="").spelling()
         checkpoint = open_checkpoint(self.method.checkpoint, self.program, batches, options)
         self._measure_shared()
 
@@ -264,4 +265,4 @@ def _rows(grid: Grid, at: slice) -> Grid:
     return Grid(grid.format, {n: part[at] for n, part in grid.parameters.items()}, grid.dtype)
 
 
-__all__ = ["CalibratedQuantizer", "Node", "Problem", "Solution"]
+__all__ = ["CalibratedQuantizer", "Problem", "Solution"]
