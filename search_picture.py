@@ -34,6 +34,7 @@ def draw_picture(found: Found, file: Path) -> Path:
         measured = f"measured on held-out batches: {found.measured:.3g}"
         axes.plot(found.bits, found.measured, "D", color="C2", label=measured)
     axes.set_yscale("log")
+    axes.margins(x=0.16)
     axes.set_xlabel("stored bits for one weight of the matmuls, scales included")
     axes.set_ylabel("change of the outputs (KL, nats a position)")
     axes.grid(visible=True, which="both", alpha=0.25)

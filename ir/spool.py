@@ -38,6 +38,8 @@ def spooled(entry: _Kind) -> _Kind:
     Kinds that hold no tensors of their own (derived weights) and small ones come back as they are.
     Raises OutputNotWritable if there is no room.
     """
+    if os.name != "posix":  # elsewhere a mapped file cannot be unlinked
+        return entry
     if isinstance(entry, Tensor):
         if entry.nbytes <= _SMALLEST or is_mapped(entry):
             return entry
