@@ -27,6 +27,10 @@ from .weights import Derived, EncodedTensor
 Key = tuple[str, int]
 
 
+_TIED = "is tied"
+_ORDER = ("norm", "factor", "product", "table", "value", "bias")
+
+
 @dataclass(frozen=True)
 class EdgeEnd:
     """One weight axis of an edge.
@@ -75,13 +79,16 @@ class ScaleEdge:
     @property
     def name(self) -> str:
         """The weight that it starts from."""
-        ranks = ("norm", "factor", "product", "table", "value", "bias")
-        return min(self.producers, key=lambda end: ranks.index(end.what)).weight
+        return self._starts[0].weight
+
+    @property
+    def _starts(self) -> list[EdgeEnd]:
+        return sorted(self.producers, key=lambda end: _ORDER.index(end.what))
 
     def sentence(self) -> str:
         """What is moved where, or why not."""
         ends = _listed(dict.fromkeys(end.weight for end in self.consumers)) or "no product"
-        starts = _listed(dict.fromkeys(end.weight for end in self.producers))
+        starts = _listed(dict.fromkeys(end.weight for end in self._starts))
         if self.reason:
             return f"{self.kind}: {starts} to {ends}: no factor may be moved: {self.reason}"
         shared = ""
@@ -117,7 +124,7 @@ def _pin(flow: Flow) -> None:
         if (name, axis) in flow.weight_axes:
             flow.block(flow.axis_channels(name, axis), reason)
     for key in flow.produces.keys() & flow.absorbs.keys():
-        reason = f"{key[0]} is tied: its axis {key[1]} is read here and makes channels elsewhere"
+        reason = f"{key[0]} {_TIED}: its axis {key[1]} is read here and makes channels elsewhere"
         flow.channels.block(flow.axis_channels(*key), reason, first=True)
     for name, axis in flow.weight_axes:
         entry = flow.program.weights.entry(name)
@@ -218,7 +225,7 @@ def _kind(producers: list[EdgeEnd], consumed: bool, marks: set[str]) -> str:
 
 def _told(reason: str, marks: set[str]) -> str:
     sums = sorted(mark for mark in marks if mark.startswith(SUM))
-    if reason and sums:
+    if reason and sums and _TIED not in reason:
         more = f" and {len(sums) - 1} more" if len(sums) > 1 else ""
         return f"the {sums[0]}{more} joins it with other values (a residual); {reason}"
     return reason

@@ -5,7 +5,9 @@ the columns of `%W` multiplied by s, one factor for each channel. Likewise along
 edge: values to the output projection (query heads of a group share their factors), the up
 projection through the gate, fc1 to fc2 through ReLU. Equal because the factors cancel; nothing is
 multiplied at run time.
-Xiao et al. 2023 (SmoothQuant), eq. 4: s_j = max|X_j|^alpha / max|W_j|^(1 - alpha).
+Xiao et al. 2023 (SmoothQuant), eq. 4: s_j = max|X_j|^alpha / max|W_j|^(1 - alpha). The search also
+tries s_j = max(1, max|X_j| / t), which touches none but the channels beyond a threshold t
+(Wei et al. 2023, Outlier Suppression+, eq. 7): it wins where one token holds a huge value.
 """
 
 from __future__ import annotations
@@ -24,13 +26,14 @@ from .contract import Context, Pass, contract
 from .edge_sites import EdgeSite, Seen, by_factor, choose_factors, fold, free_edges, wanted_kinds
 from .int8_error import int8_error
 
-_SAMPLE = 512
+_SAMPLE = 256
 _GRID = 20
 
 
 @dataclass(frozen=True)
 class _Statistics:
-    """largest: max|X_j| [width]; rows: some tokens, evenly spread, [at most _SAMPLE, width]."""
+    """largest: max|X_j| [width]; rows: random tokens, and the one of the largest value of each
+    batch, float32 [some, width]."""
 
     largest: Tensor
     rows: Tensor
@@ -40,8 +43,9 @@ class _Statistics:
 class Smooth(Pass):
     """Move activation outliers into weights (BOUNDED: the same function).
 
-    alpha: 0 evens out the weights, 1 the activations. search: choose alpha for every edge, of 20
-    and of leaving it alone, by the squared output error of its products in int8 (weights by row).
+    alpha: 0 evens out the weights, 1 the activations. search: choose for every edge alpha, or a
+    threshold, of 20 points each, or to leave it alone, by the squared output error of its products
+    in int8 (weights by row).
     activations: how that error rounds them, "tensor" (static) or "token". kinds: of edges,
     comma-separated (norm->linear, v->o, up->down, fc1->fc2, linear->linear); all if empty.
     """
@@ -91,14 +95,17 @@ class Smooth(Pass):
     def _keep(self, edge: ScaleEdge, site: EdgeSite, activations: Activations) -> _Statistics:
         largest: Tensor | None = None
         taken: list[Tensor] = []
-        step = max(1, activations.tokens // _SAMPLE) if self.search else 0
+        share = _SAMPLE / max(activations.tokens, 1) if self.search else 0.0
+        generator = torch.Generator().manual_seed(0)
         for rows in activations:
             most = rows.abs().amax(0).float()
             largest = most if largest is None else torch.maximum(largest, most)
-            if step:
-                taken.append(rows[step // 2 :: step].float())
+            if share:
+                chosen = torch.rand(len(rows), generator=generator) < share
+                chosen[rows.abs().amax(-1).argmax()] = True
+                taken.append(rows[chosen].float())
         assert largest is not None
-        return _Statistics(largest, torch.cat(taken)[:_SAMPLE] if taken else largest[:0])
+        return _Statistics(largest, torch.cat(taken) if taken else largest[:0])
 
     def _decide(self, program: Program, seen: Seen) -> tuple[Tensor, str] | None:
         count = seen.edge.factors
@@ -111,15 +118,12 @@ class Smooth(Pass):
             weight = torch.maximum(weight, by_factor(most, end.channel, count, "amax"))
         if not self.search:
             return smoothing(data, weight, self.alpha), f"alpha {self.alpha:g}"
-        tried = [step / _GRID for step in range(_GRID + 1)]
-        candidates = [smoothing(data, weight, alpha) for alpha in tried]
         plain = self._error(program, seen, torch.ones(count))
-        errors = [self._error(program, seen, factors) for factors in candidates]
-        best = min(range(len(tried)), key=errors.__getitem__)
-        if not errors[best] < plain:
+        tried = [(self._error(program, seen, f), f, note) for f, note in _candidates(data, weight)]
+        error, factors, note = min(tried, key=lambda one: one[0])
+        if not error < plain:
             return None
-        note = f"alpha {tried[best]:g}; int8 error {errors[best] / plain:.3g} of that without"
-        return candidates[best], note
+        return factors, f"{note}; int8 error {error / plain:.3g} of that without"
 
     def _error(self, program: Program, seen: Seen, factors: Tensor) -> float:
         total = 0.0
@@ -132,6 +136,26 @@ class Smooth(Pass):
                     kept.rows, matrix, spread, kept.largest, self.activations == "token"
                 )
         return total
+
+
+def _candidates(data: Tensor, weight: Tensor) -> list[tuple[Tensor, str]]:
+    """Factors by 20 exponents, and by 20 thresholds between the median channel and the largest."""
+    found = [
+        (smoothing(data, weight, step / _GRID), f"alpha {step / _GRID:g}")
+        for step in range(1, _GRID + 1)
+    ]
+    live = data[data > 0].double()
+    if len(live):
+        low, high = float(live.median()), float(live.amax())
+        for step in range(_GRID):
+            threshold = low * (high / low) ** (step / _GRID)
+            found.append((above(data, threshold), f"channels beyond {threshold:.3g}"))
+    return found
+
+
+def above(data: Tensor, threshold: float) -> Tensor:
+    """max(1, max|X_j| / t), float64."""
+    return (data.double() / threshold).clamp_min(1.0)
 
 
 def smoothing(data: Tensor, weight: Tensor, alpha: float) -> Tensor:

@@ -20,7 +20,7 @@ from planish.ir.program import Program
 from planish.ir.text import program_text
 from planish.passes.int8_error import int8_error, rounded
 from planish.passes.pipeline import Pipeline
-from planish.passes.smooth import Smooth, smoothing
+from planish.passes.smooth import Smooth, above, smoothing
 from planish.recipes import pipeline
 from torch import Tensor
 
@@ -97,7 +97,7 @@ def test_search_lowers_the_error_in_8_bits(activations: str) -> None:
     program, given = mlp(outlier=200.0), batches()
     after = smoothed(program, given, search=True, activations=activations)
     (first, *_) = after.history.records[-1].applied
-    assert first.note.startswith("up->down; alpha ")
+    assert first.note.startswith("up->down; ")
 
     def error(of: Program) -> float:
         x, w = hidden(of, given), of.weights["down.w"]
@@ -107,6 +107,11 @@ def test_search_lowers_the_error_in_8_bits(activations: str) -> None:
         return float((rounded(x, steps[0]) @ rounded(w, steps[1]).t() - x @ w.t()).square().sum())
 
     assert error(after) < 0.5 * error(program)
+
+
+def test_thresholds_touch_only_what_is_beyond() -> None:
+    factors = above(torch.tensor([0.0, 1.0, 3.0, 12.0]), 3.0)
+    assert torch.equal(factors, torch.tensor([1.0, 1.0, 1.0, 4.0], dtype=torch.float64))
 
 
 def test_unused_channels_keep_their_weights() -> None:
