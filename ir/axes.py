@@ -11,7 +11,9 @@ channels that an operation forces to be one are tied (a union); what remains are
 - "width": what is one channel of the architecture (what must be cut, or rotated, together)?
   Nonlinear operations pass channels on, products of two values tie them; 0 is "no channel".
 
-`passes` use it through `scale_edges` (scale migration) and `Widths` (rotation, pruning).
+`scale_edges` reads the first, `residual_streams` the second. After a walk, `weight_axes` holds the
+channel of every entry along every weight axis, `channels.solve()` which of them are one; `watch`
+shows each value's channels while they are known (whose query heads share a key head, and so on).
 """
 
 from __future__ import annotations
