@@ -55,6 +55,11 @@ class WithOutliers(Format):
     def name(self) -> str:
         return f"{self.base.name}+sparse{percent(self.fraction)}"
 
+    @property
+    def group_size(self) -> int | None:
+        """That of the base, which decides which widths fit."""
+        return getattr(self.base, "group_size", None)
+
     def grouping(self, length: int) -> int:
         return self.base.grouping(length)
 
