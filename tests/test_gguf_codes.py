@@ -182,12 +182,12 @@ def test_a_folder_becomes_a_file(cache: None, tmp_path: Path) -> None:
     assert torch.equal(read(**inputs).logits, program(**inputs).logits)
 
 
-def test_a_folder_that_cannot_tell_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_tell_is_refused(cache: None, tmp_path: Path) -> None:
+    program = _quantized(dense_llama(), "int8-g32-sym-f16")
     for number, changes in enumerate(
         ({}, {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}})
     ):
         folder = tiny_llama(tmp_path / f"folder{number}", **changes)
-        program = _quantized(dense_llama(), "int8-g32-sym-f16")
         options = {"source": str(folder)}
         with pytest.raises(UnsupportedByTarget, match="cannot write the metadata of a GGUF file"):
             export_program(program, tmp_path / "out", "gguf", options=options)
