@@ -7,21 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..ir.format_mx import E2M1 as FP4
+from ..ir.format_nf4 import NF4
 from ..ir.gpu_layouts import FieldWords
 from .launch import Config
 from .linear_dense_cases import BRAIN, FULL, HALF, meta, operands
 from .triton_spec import Arguments, Case, Form
-
-NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
-    0.7229568362236023, 1.0,
-)  # fmt: skip
-"""The 4-bit NormalFloat (Dettmers et al. 2023, appendix E)."""
-
-FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-"""The 4-bit float of one mantissa bit (e2m1) by its bits."""
 
 SMALL = Config({"BM": 32, "BN": 64, "TILES": 8}, 4, 2)
 LARGE = Config({"BM": 64, "BN": 64, "TILES": 8}, 4, 3)
