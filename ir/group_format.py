@@ -17,6 +17,7 @@ from torch import Tensor
 from .affine import grouped as _grouped
 from .affine import half_spacing, non_finite, ungrouped
 from .encoded import Encoded, Format, Stored
+from .errors import ScaleOverflow
 from .grid import Grid
 from .layouts import BitPacked
 from .weight_blocks import check_weight, compute_dtype, row_blocks, row_slices
@@ -114,8 +115,21 @@ class GroupFormat(Format):
                 yield groups
 
         fitted = self.fit(blocks, None, weight.dtype)
-        parts = self.keep(fitted, weight.dtype)
+        parts = self._kept(fitted, weight.dtype, where)
         return self._encode(weight, axis, fitted if self.as_fitted else None, parts, weight.dtype)
+
+    def _kept(self, fitted: Parameters, dtype: torch.dtype, where: str) -> dict[str, Tensor]:
+        """`keep`, with the weight's name in its error."""
+        try:
+            return self.keep(fitted, dtype)
+        except ScaleOverflow as error:
+            raise ScaleOverflow(
+                error.what,
+                where=where,
+                expected=error.expected,
+                found=error.found,
+                fix=error.fix,
+            ) from None
 
     def _encode(
         self,
@@ -155,7 +169,7 @@ class GroupFormat(Format):
             raise non_finite(groups, where)
         own = dtype or groups.dtype
         fitted = self.fit(lambda: iter([groups]), importance, own)
-        parts = self.keep(fitted, own)
+        parts = self._kept(fitted, own, where)
         parameters = self.restore(parts, groups.shape[0], groups.shape[1])
         return Grid(self, parameters, own, {} if self.groups_apart else parts)
 

@@ -15,6 +15,7 @@ from planish.ir.double_quantization import dynamic_map
 from planish.ir.encoded import Format
 from planish.ir.errors import (
     NonFiniteWeight,
+    ScaleOverflow,
     UnknownFormat,
     UnsupportedFormat,
     UnsupportedShape,
@@ -204,6 +205,31 @@ def test_bad_weights_are_refused(name: str) -> None:
         fmt.encode(weight, where="layers.0.w")
     with pytest.raises(UnsupportedShape):
         fmt.encode(torch.ones(3, 4, dtype=torch.int8))
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n.endswith(("-f16", "-k")) and "+" not in n])
+def test_a_scale_that_overflows_names_the_weight(name: str) -> None:
+    weight = seeded(0, 4, 96) * 1e9
+    if name.startswith("kmeans"):  # entries stay at the largest number there is
+        assert bool(parse_format(name).encode(weight).decode().isfinite().all())
+        return
+    with pytest.raises(ScaleOverflow, match=r"layers\.0\.w"):
+        parse_format(name).encode(weight, where="layers.0.w")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_blocks_of_rows_change_nothing(
+    name: str, axis: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A weight is worked through in blocks, so that temporary memory does not grow with it."""
+    fmt, weight = parse_format(name), seeded(4, 3, 14, 33)
+    whole = fmt.encode(weight, axis)
+    decoded, bound = whole.decode(), whole.worst_error()
+    monkeypatch.setattr("planish.ir.weight_blocks.CHUNK", 100)
+    assert torch.equal(fmt.encode(weight, axis).decode(), decoded)
+    assert torch.equal(whole.decode(), decoded)
+    assert torch.equal(whole.worst_error(), bound)
 
 
 def test_formats_without_a_grid_say_so() -> None:
