@@ -15,6 +15,7 @@ from ..ir.weights import Derived
 from ..kernels.catalog import triton_kernels
 from .find_regions import find_epilogue, keeps_rows, may_prepare
 from .gpu_calls import Calls
+from .gpu_int8 import int8_arguments, is_rounded
 from .gpu_weights import integer_arguments, packed_arguments
 from .kernel_call import KernelCall
 from .region import Region, cut_region
@@ -56,7 +57,11 @@ def _lower(calls: Calls, node: Node, dense: bool) -> str | None:
     call: dict[str, Any] = {"x": wide, "bias": given[bias] if bias else None}
     entry = calls.editor.program.weights.entry(str(weight_node.target))
     if isinstance(entry, Encoded):
-        packed = packed_arguments(calls.editor, weight_node, entry, -2 if turned else -1)
+        axis, editor = -2 if turned else -1, calls.editor
+        if is_rounded(wide):
+            packed = int8_arguments(editor, wide, weight_node, entry, axis)
+        else:
+            packed = packed_arguments(editor, weight_node, entry, axis)
         if isinstance(packed, str):
             return packed
         spec, more = packed

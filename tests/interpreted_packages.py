@@ -25,6 +25,9 @@ from planish.ir.interpret import run
 from planish.ir.program import Program
 from planish.kernels import attend
 from planish.kernels.interpreter import repair
+from planish.passes.pipeline import Pipeline
+from planish.passes.quantize_activations import QuantizeActivations
+from planish.passes.quantize_weights import QuantizeWeights
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -116,6 +119,30 @@ CODED = {
     "ternary-g32": "linear_int",
     "binary-channel": "linear_int",
 }
+
+
+ROUNDED: dict[str, tuple[dict[str, Any], int]] = {
+    "by token": ({}, 3),
+    "by token, with zero points": ({"symmetric": False}, 3),
+    "static": ({"scheme": "static_tensor"}, 3),
+    "static, with zero points": ({"scheme": "static_tensor", "symmetric": False}, 3),
+    "by tensor": ({"scheme": "dynamic_tensor"}, 0),
+    "outlier columns": ({"scheme": "llm_int8", "threshold": 2.0}, 0),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_rounded_activations(name: str, tmp_path: Path) -> None:
+    """linear_w8a8 rounds what it reads; what no kernel rounds is torch's and told."""
+    options, kernels = ROUNDED[name]
+    steps = [QuantizeWeights(), QuantizeActivations(**options)]
+    program = Pipeline(steps).run(coded(96), calibration=[[IDS]])
+    lowering = lower_for_triton(program)
+    used = [node.target.spec.name for node in lowering.program.graph.nodes
+            if isinstance(node.target, KernelCall)]  # fmt: skip
+    assert used.count("linear_w8a8") == kernels
+    assert len([s for s in lowering.sentences if "torch's product because" in s]) == 3 - kernels
+    assert_as_good(program, [IDS], interpreted(program, [IDS], tmp_path))
 
 
 @pytest.mark.parametrize("name", CODED)
