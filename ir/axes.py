@@ -90,7 +90,12 @@ class Flow:
         held = self._values.get(value)
         if isinstance(held, WeightView):
             return self.weight_ids(held)
-        return held if isinstance(held, Tensor) else torch.zeros((), dtype=torch.int64)
+        if isinstance(held, Tensor):
+            return held
+        try:
+            return self.no_channels(value)
+        except Unfollowed:
+            return torch.zeros((), dtype=torch.int64)
 
     def view(self, value: Any) -> WeightView | None:
         """How a value shows a weight, if it is a weight that was at most turned or chosen from."""
@@ -147,7 +152,8 @@ class Flow:
             self.channels.block(ids, reason)
 
     def no_channels(self, node: Node) -> Tensor:
-        return torch.zeros((), dtype=torch.int64).expand(self.shape(node))
+        none = torch.zeros((), dtype=torch.int64)
+        return none.expand(self.shape(node)) if isinstance(node.meta.get("val"), Tensor) else none
 
     def fit(self, ids: Tensor, node: Node) -> Tensor:
         """Channels spread over the node's shape; raises Unfollowed."""
@@ -209,7 +215,7 @@ class Flow:
         return WeightView.whole(name, [int(size) for size in value.shape])
 
     def _call(self, node: Node) -> Any:
-        from .axes_rules import HANDLERS  # the rules are written against this class
+        from .axes_rules import HANDLERS, tie_all  # the rules are written against this class
 
         if is_size(node.meta.get("val")):
             return None
@@ -219,16 +225,16 @@ class Flow:
         if is_assertion(node) or not any(self._has_channels(r) for r in contents_read(node)):
             return None
         handler = HANDLERS.get(node.target)
-        if handler is not None:
-            try:
-                return handler(self, node)
-            except Unfollowed as error:
-                self._stop(node, f"{op_text(node)} %{node.name} is not followed: {error}")
-                return None
-        if torch.Tag.pointwise in getattr(node.target, "tags", ()) and not self.scale:
-            return self._pointwise_width(node)
-        self._stop(node, f"{op_text(node)} %{node.name} does not pass a factor on")
-        return None
+        if handler is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
+            handler = None if self.scale else tie_all
+        if handler is None:
+            self._stop(node, f"{op_text(node)} %{node.name} does not pass a factor on")
+            return None
+        try:
+            return handler(self, node)
+        except Unfollowed as error:
+            self._stop(node, f"{op_text(node)} %{node.name} is not followed: {error}")
+            return None
 
     def _has_channels(self, node: Node) -> bool:
         held = self._values.get(node)
@@ -239,11 +245,6 @@ class Flow:
     def _stop(self, node: Node, reason: str) -> None:
         for read in contents_read(node):
             self.block(self.ids(read), reason)
-
-    def _pointwise_width(self, node: Node) -> Tensor:
-        from .axes_arithmetic import tie_all
-
-        return tie_all(self, node)
 
     def _returned(self, node: Node) -> None:
         for value in self.program.results:

@@ -70,6 +70,10 @@ def indexed(flow: Flow, node: Node) -> Any:
     if view is not None and leading and len(chosen) < len(view.shape):
         return view.replaced(0, len(chosen), flow.shape(node))
     ids = flow.ids(source)
+    if all(isinstance(i, fx.Node) and i.op == "get_attr" for i in indices if i is not None):
+        weights = flow.program.weights
+        known = [i if i is None else weights[str(i.target)] for i in indices]
+        return _ATEN.index.Tensor(ids, known)
     return _chosen(flow, node, ids, chosen, adjacent=_adjacent(chosen))
 
 

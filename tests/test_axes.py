@@ -267,6 +267,25 @@ def test_grouped_values_share_their_factors() -> None:
     assert bool((shared == torch.arange(10).reshape(2, 1, 5)).all())
 
 
+def test_stored_places_choose_channels() -> None:
+    """Values are the last third of each packed head, chosen by a stored index (as in Falcon)."""
+    weights = {
+        "qkv": torch.randn(24, 7),
+        "place": torch.tensor([2]),
+        "o": torch.randn(4, 8),
+    }
+
+    def body(x: Any, qkv: Any, place: Any, o: Any) -> Any:
+        heads = op.reshape(op.linear(x, qkv), [-1, 2, 3, 4])
+        return op.linear(op.reshape(op.index(heads, [None, None, place]), [-1, 8]), o)
+
+    program = build.program(body, {"x": torch.randn(5, 7)}, weights)
+    edges = scale_edges(program)
+    (free,) = [edge for edge in edges if edge.free]
+    taken = (free.producers[0].channel >= 0).nonzero().flatten().tolist()
+    assert taken == [*range(8, 12), *range(20, 24)] and free.factors == 8
+
+
 def test_width_classes_follow_the_residual_stream() -> None:
     """Every weight axis that holds hidden channels is in one class per channel."""
     program = prepared("llama", "sdpa", "raise")
