@@ -19,6 +19,9 @@ from .group_format import Blocks, GroupFormat, Parameters
 from .lloyd import lloyd_groups, lloyd_whole, spread_evenly
 from .scaled_table import SIZE_PATTERN, Size, parsed_size
 
+_SORTED = 1 << 23
+"""Up to so many values a whole weight is sorted; more are gone through at each iteration."""
+
 
 @dataclass(frozen=True)
 class KMeans(GroupFormat):
@@ -67,6 +70,9 @@ class KMeans(GroupFormat):
     def fit(self, blocks: Blocks, importance: Tensor | None, dtype: torch.dtype) -> Parameters:
         if self.size != "tensor":
             return GroupFormat.fit(self, blocks, importance, dtype)
+        if importance is None and sum(groups.numel() for groups in blocks()) <= _SORTED:
+            flat = torch.cat([groups.flatten() for groups in blocks()]).view(1, 1, -1)
+            return {"table": lloyd_groups(flat, None, 1 << self.bits)[0, 0]}
         ends = [(float(groups.amin()), float(groups.amax())) for groups in blocks()]
         low, high = min(end for end, _ in ends), max(end for _, end in ends)
         table = spread_evenly(torch.tensor(low), torch.tensor(high), 1 << self.bits)

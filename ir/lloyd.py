@@ -44,21 +44,26 @@ def lloyd_whole(
 
 def lloyd_groups(groups: Tensor, importance: Tensor | None, count: int) -> Tensor:
     """A table [rows, groups, count] for each group of numbers [rows, groups, group]."""
-    slices = row_slices(groups.shape[0], 8 * max(1, groups[0].numel()))
+    slices = row_slices(groups.shape[0], 4 * max(1, groups[0].numel()))
     return torch.cat([_of_groups(groups[at], importance, count) for at in slices])
 
 
 def _of_groups(groups: Tensor, importance: Tensor | None, count: int) -> Tensor:
+    """On sorted numbers an entry's share is a run, whose sum is a difference of running sums."""
     table = spread_evenly(groups.amin(-1), groups.amax(-1), count)
-    mass = torch.ones_like(groups) if importance is None else importance.expand_as(groups)
-    mass = mass.to(groups.dtype)
-    sums, groups = groups * mass, groups.contiguous()
+    ordered, order = groups.sort(dim=-1)
+    mass = torch.ones_like(ordered, dtype=torch.float64)
+    if importance is not None:
+        mass = importance.double().expand_as(groups).gather(-1, order)
+    weights = torch.nn.functional.pad(mass.cumsum(-1), (1, 0))
+    sums = torch.nn.functional.pad((ordered * mass).cumsum(-1), (1, 0))
     for _ in range(ITERATIONS):
-        middles = ((table[..., :-1] + table[..., 1:]) / 2).contiguous()
-        codes = torch.searchsorted(middles, groups)
-        total = torch.zeros_like(table).scatter_add_(-1, codes, sums)
-        weight = torch.zeros_like(table).scatter_add_(-1, codes, mass)
-        moved = torch.where(weight > 0, total / weight, table)
+        middles = (table[..., :-1] + table[..., 1:]) / 2
+        inner = torch.searchsorted(ordered, middles.contiguous(), right=True)
+        ends = torch.nn.functional.pad(inner, (1, 0))
+        ends = torch.nn.functional.pad(ends, (0, 1), value=ordered.shape[-1])
+        weight, total = (running.gather(-1, ends).diff() for running in (weights, sums))
+        moved = torch.where(weight > 0, total / weight, table).to(table.dtype)
         span = (table[..., -1:] - table[..., :1]).abs()
         done = bool(((moved - table).abs() <= _ENOUGH * span).all())
         # Rounded sums may leave the order by a hair.
