@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .passes.contract import Pass as Pass
     from .passes.contract import RulePass as RulePass
     from .passes.contract import contract as contract
+    from .passes.fake_quantize import FakeQuantized as FakeQuantized
 
 __version__ = "0.1.0"
 
@@ -41,6 +42,7 @@ _HOMES = {
     "Pass": "passes.contract",
     "RulePass": "passes.contract",
     "contract": "passes.contract",
+    "FakeQuantized": "passes.fake_quantize",
 }
 
 __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]

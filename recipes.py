@@ -112,7 +112,7 @@ _RAISE = _steps(
     "share_subexpressions",
     "drop_dead",
 )
-_FUSE = _steps("fuse_qkv", "fuse_gate_up", "drop_dead")
+_FUSE = _steps("order_columns", "fuse_qkv", "fuse_gate_up", "drop_dead")
 _EXACT = _RAISE + _steps("fold_constants") + _FUSE
 _TABLES = "int8-g32-sym-f32"
 
