@@ -145,15 +145,16 @@ def _named(
     return Recipe(name, description, _before_fusing(*filled))
 
 
-_GRID = ("quantize_weights", "quantize_gptq", "awq")
+_GRID = ("quantize_weights", "quantize_gptq", "awq", "clip_weights")
 _METHODS = (
     _named("rtn4", "4-bit weights, rounded to nearest", "quantize_weights"),
     _named("gptq4", "4-bit weights by GPTQ; needs calibration", "quantize_gptq"),
     _named("gptq3", "3-bit weights by GPTQ; needs calibration", "quantize_gptq", bits=3),
     _named(
         "awq4",
-        "4-bit weights, channels scaled by what they carry (AWQ); needs calibration",
+        "4-bit weights, channels scaled and groups clipped (AWQ); needs calibration",
         "awq",
+        "clip_weights",
         "quantize_weights",
     ),
     _named("hqq4", "4-bit weights with half-quadratic zero points, no calibration", "quantize_hqq"),
@@ -175,9 +176,27 @@ _METHODS = (
     _named(
         "smooth-w8a8",
         "8-bit weights and activations after SmoothQuant; needs calibration",
-        ("smooth", {"search": True}),
+        ("smooth", {"search": True, "activations": "token"}),
         _W8,
         _A8,
+    ),
+    _named(
+        "smooth-w8a8-static",
+        "the same with one static scale for each activation (O3), the fastest in ONNX",
+        ("smooth", {"search": True}),
+        _W8,
+        (_A8, {"scheme": "static_tensor"}),
+    ),
+    _named(
+        "zeroquant",
+        "8-bit weights in groups of 64 and 8-bit activations by token (ZeroQuant)",
+        ("quantize_weights", {"bits": 8, "group_size": 64}),
+        _A8,
+    ),
+    _named(
+        "q4k",
+        "4-bit weights in groups of 32, their scales and offsets in 6 bits (as GGUF's Q4_K)",
+        ("quantize_weights", {"format": "int4-g32-offset-k"}),
     ),
     _named(
         "llm-int8",

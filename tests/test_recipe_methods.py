@@ -17,12 +17,25 @@ from planish.ir.interpret import run
 from planish.recipes import find_recipe
 from torch import Tensor
 
-CALIBRATED = ("gptq4", "gptq3", "awq4", "smooth-w8a8")
-METHODS = (*CALIBRATED, "rtn4", "hqq4", "nf4", "mxfp4", "fp8", "int8", "llm-int8", "ternary")
+CALIBRATED = ("gptq4", "gptq3", "awq4", "smooth-w8a8", "smooth-w8a8-static")
+METHODS = (
+    *CALIBRATED,
+    "rtn4",
+    "hqq4",
+    "nf4",
+    "mxfp4",
+    "fp8",
+    "int8",
+    "llm-int8",
+    "ternary",
+    "zeroquant",
+    "q4k",
+)
 # The largest relative change of the logits that a random model of two layers may show: the step of
 # the format over the spread of the values, summed over its 15 products. Ternary destroys a model
 # that was not trained for it; it must only run.
 WORST = {"fp8": 0.15, "int8": 0.05, "smooth-w8a8": 0.08, "llm-int8": 0.08, "gptq3": 0.8}
+WORST |= {"smooth-w8a8-static": 0.15, "zeroquant": 0.08}
 
 
 def batches() -> list[dict[str, Tensor]]:
