@@ -11,7 +11,7 @@ from captured import captured, sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from planish.calibration import flat_batch
-from planish.ir.errors import UnknownWeight, WrongOption
+from planish.ir.errors import UnknownOption, WrongOption
 from planish.ir.formats import AffineInt, parse_format
 from planish.ir.hessian import Hessian
 from planish.ir.interpret import run
@@ -120,7 +120,7 @@ def test_any_planned_format_is_aimed_at() -> None:
     nf4 = scaled(program, given, format="nf4-g8")
     assert parse_format("nf4-g8").name == "nf4-g8"
     assert not torch.equal(nf4.weights["fc2.w"], program.weights["fc2.w"])
-    with pytest.raises(UnknownWeight, match="fc3"):
+    with pytest.raises(UnknownOption, match="fc3"):
         scaled(program, given, overrides="fc3=int4-g8-sym")
     with pytest.raises(WrongOption, match="points cannot be 1"):
         Awq(points=1)

@@ -157,8 +157,8 @@ def option_of_a_pass_that_is_not_there() -> Refused:
     return _set("quantise_weights.bits=8"), "UnknownOption", ("did you mean quantize_weights",)
 
 
-def option_without_its_pass() -> Refused:
-    return _set("bits=8"), "UnknownOption", ("PASS.OPTION", "bits")
+def option_of_no_pass() -> Refused:
+    return _set("bitz=8"), "UnknownOption", ("options of recipe", "did you mean bits")
 
 
 def option_without_a_value() -> Refused:

@@ -53,13 +53,13 @@ def test_in_half_precision(name: str, dtype: torch.dtype, tmp_path: Path) -> Non
     assert_equal_to_rounding(program, folder, [IDS])
 
 
-def test_signs_are_2_bit_products(plain: Program, tmp_path: Path) -> None:
+def test_signs_are_packed_products(plain: Program, tmp_path: Path) -> None:
     program = in_format(plain, parse_format("ternary-tensor"))
     nodes = graph_of(exported(program, tmp_path / "out")).node
     bits = [
         a.i for n in nodes if n.op_type == "MatMulNBits" for a in n.attribute if a.name == "bits"
     ]
-    assert bits == [2, 2, 2]
+    assert bits == [4, 4, 4]  # onnxruntime's own 2-bit product is slow
     assert notes(program) == []
 
 
