@@ -12,88 +12,14 @@ A recipe is a list of passes with options. The built-in ones are below; a user's
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from .ir.errors import PlanishError, UnknownOption, UnknownRecipe
-from .passes.catalog import find_pass
-from .passes.contract import Pass
+from .ir.errors import UnknownRecipe
 from .passes.pipeline import Pipeline
-
-
-class BadRecipe(PlanishError):
-    """A recipe file that does not say what it should."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One pass by name, with the options that differ from its defaults."""
-
-    name: str
-    options: tuple[tuple[str, Any], ...] = ()
-
-    def build(self) -> Pass:
-        return find_pass(self.name)().with_options(dict(self.options))
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A named order of passes."""
-
-    name: str
-    description: str
-    steps: tuple[Step, ...]
-
-    def passes(self, options: Mapping[str, Any] | None = None) -> list[Pass]:
-        """The passes, with `options` laid over the recipe's own.
-
-        options: {"pass.option": value}, or {"option": value} for every step that has the option.
-        Raises UnknownPass, UnknownOption (with the nearest name) and WrongOption.
-        """
-        changes, shared = _by_pass(options or {})
-        names = {step.name for step in self.steps}
-        for name in changes:
-            if name not in names:
-                raise UnknownOption.named(name, names, where=f"options of recipe {self.name}")
-        built = [step.build() for step in self.steps]
-        known = {option for step in built for option in step.options()}
-        for name in shared:
-            if name not in known:
-                raise UnknownOption.named(name, known, where=f"options of recipe {self.name}")
-        for place, step in enumerate(built):
-            own = {name: value for name, value in shared.items() if name in step.options()}
-            built[place] = step.with_options(own | changes.get(step.pass_name(), {}))
-        return built
-
-    def with_kv_cache(self) -> Recipe:
-        """This recipe, and then the cache; itself if it already inserts one."""
-        if any(step.name == "insert_kv_cache" for step in self.steps):
-            return self
-        description = f"{self.description}; with a KV cache"
-        return Recipe(self.name, description, (*self.steps, Step("insert_kv_cache")))
-
-    def to_yaml(self) -> str:
-        body = [
-            {step.name: dict(step.options)} if step.options else step.name for step in self.steps
-        ]
-        data = {"name": self.name, "description": self.description, "passes": body}
-        return yaml.safe_dump(data, sort_keys=False)
-
-
-def _by_pass(options: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """The options of single passes, and those that name no pass."""
-    grouped: dict[str, dict[str, Any]] = {}
-    shared: dict[str, Any] = {}
-    for key, value in options.items():
-        name, dot, option = key.partition(".")
-        if dot:
-            grouped.setdefault(name, {})[option] = value
-        else:
-            shared[key] = value
-    return grouped, shared
+from .recipe import BadRecipe, Recipe, Step
 
 
 def _steps(*parts: str | tuple[str, dict[str, Any]]) -> tuple[Step, ...]:
@@ -302,3 +228,6 @@ def pipeline(
 ) -> Pipeline:
     """The pipeline of a recipe with options laid over it."""
     return Pipeline(find_recipe(recipe).passes(options), verify=verify, on_break=on_break)
+
+
+__all__ = ["BadRecipe", "Recipe", "Step", "find_recipe", "pipeline", "read_recipe", "recipes"]
