@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .axes import Flow, Unfollowed
 from .axes_channels import carries, constant_along
 from .axes_layout import same
+from .axes_walk import ChannelWalk, Unfollowed
 from .look_through import number
 from .pattern import bound_arguments
 from .program import Node
@@ -26,7 +26,7 @@ OWN = "a factor for each channel"
 SUM = "sum %"
 
 
-def tie_all(flow: Flow, node: Node) -> Tensor:
+def tie_all(flow: ChannelWalk, node: Node) -> Tensor:
     """An operation on elements, where only widths count: its inputs' channels are one."""
     total: Tensor | None = None
     for read in node.all_input_nodes:
@@ -42,7 +42,7 @@ def tie_all(flow: Flow, node: Node) -> Tensor:
     return flow.no_channels(node) if total is None else total
 
 
-def passed(flow: Flow, node: Node) -> Any:
+def passed(flow: ChannelWalk, node: Node) -> Any:
     """f(s x) = s f(x) for s > 0."""
     ids = flow.fit(flow.ids(node.args[0]), node)
     if node.target in _RELUS:
@@ -50,7 +50,7 @@ def passed(flow: Flow, node: Node) -> Any:
     return ids
 
 
-def added(flow: Flow, node: Node) -> Any:
+def added(flow: ChannelWalk, node: Node) -> Any:
     """x + y: both take the factor or none; a weight that a number is added to keeps being one."""
     first, second = node.args[:2]
     for weight, other in ((first, second), (second, first)):
@@ -62,7 +62,7 @@ def added(flow: Flow, node: Node) -> Any:
     return _sum(flow, node)
 
 
-def _sum(flow: Flow, node: Node) -> Tensor:
+def _sum(flow: ChannelWalk, node: Node) -> Tensor:
     first, second = (flow.fit(flow.ids(value), node) for value in node.args[:2])
     flow.channels.tie(first, second)
     if not (carries(first) and carries(second)):
@@ -81,7 +81,7 @@ def _sum(flow: Flow, node: Node) -> Tensor:
     return first
 
 
-def multiplied(flow: Flow, node: Node) -> Any:
+def multiplied(flow: ChannelWalk, node: Node) -> Any:
     """x * y: one of them carries the factor; the first is left alone where both could."""
     if not flow.scale:
         return tie_all(flow, node)
@@ -105,7 +105,7 @@ def multiplied(flow: Flow, node: Node) -> Any:
     return kept
 
 
-def _only_factor(flow: Flow, first: Tensor, second: Tensor) -> Tensor | None:
+def _only_factor(flow: ChannelWalk, first: Tensor, second: Tensor) -> Tensor | None:
     """The one of two that may still carry a factor; None if both may."""
     if not carries(second):
         return first
@@ -114,12 +114,12 @@ def _only_factor(flow: Flow, first: Tensor, second: Tensor) -> Tensor | None:
     return first if flow.channels.all_blocked(second) else None
 
 
-def _scaled(flow: Flow, node: Node) -> Any:
+def _scaled(flow: ChannelWalk, node: Node) -> Any:
     """2 * x."""
     return flow.fit(flow.ids(node.args[1]), node)
 
 
-def divided(flow: Flow, node: Node) -> Any:
+def divided(flow: ChannelWalk, node: Node) -> Any:
     """x / y passes the factor of x; one of y would be inverted."""
     if not flow.scale:
         return tie_all(flow, node)
@@ -130,7 +130,7 @@ def divided(flow: Flow, node: Node) -> Any:
     return ids
 
 
-def chosen(flow: Flow, node: Node) -> Any:
+def chosen(flow: ChannelWalk, node: Node) -> Any:
     """where, masked_fill: zeros fit any factor, another value must take the same one."""
     given = bound_arguments(node)
     names = ("self", "value") if "mask" in given else ("self", "other")
@@ -150,7 +150,7 @@ def chosen(flow: Flow, node: Node) -> Any:
     return first
 
 
-def clamped(flow: Flow, node: Node) -> Any:
+def clamped(flow: ChannelWalk, node: Node) -> Any:
     """Only at zero, from one side, is it homogeneous."""
     given = bound_arguments(node)
     bounds = [given.get("min"), given.get("max")]
@@ -159,7 +159,7 @@ def clamped(flow: Flow, node: Node) -> Any:
     return passed(flow, node)
 
 
-def reduced(flow: Flow, node: Node) -> Any:
+def reduced(flow: ChannelWalk, node: Node) -> Any:
     """sum, mean, amax along axes: equal channels give one; different ones are mixed."""
     given = bound_arguments(node)
     ids = flow.ids(given["self"])
@@ -174,7 +174,7 @@ def reduced(flow: Flow, node: Node) -> Any:
     return flow.fit(ids, node)
 
 
-def running(flow: Flow, node: Node) -> Any:
+def running(flow: ChannelWalk, node: Node) -> Any:
     """cumsum along an axis of equal channels."""
     ids = flow.ids(node.args[0])
     if not constant_along(ids, int(node.args[1])):  # type: ignore[arg-type]

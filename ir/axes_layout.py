@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .axes import Flow, Unfollowed
 from .axes_channels import constant_along
+from .axes_walk import ChannelWalk, Unfollowed
 from .axes_weights import WeightView
 from .pattern import bound_arguments
 from .program import Node
@@ -16,13 +16,13 @@ from .program import Node
 _ATEN = torch.ops.aten
 
 
-def same(flow: Flow, node: Node) -> Any:
+def same(flow: ChannelWalk, node: Node) -> Any:
     """A copy or a cast: the channels of what it copies."""
     held = flow.view(node.args[0])
     return held if held is not None else flow.fit(flow.ids(node.args[0]), node)
 
 
-def moved(flow: Flow, node: Node) -> Any:
+def moved(flow: ChannelWalk, node: Node) -> Any:
     """Reshape, slice, cat, ...: the operation itself, on channel numbers."""
     held = flow.view(node.args[0]) if node.args else None
     if held is not None:
@@ -35,7 +35,7 @@ def moved(flow: Flow, node: Node) -> Any:
     return flow.evaluate(node, target)
 
 
-def _moved_weight(flow: Flow, node: Node, view: WeightView) -> WeightView | None:
+def _moved_weight(flow: ChannelWalk, node: Node, view: WeightView) -> WeightView | None:
     """The weight, still as a weight; None where it is better seen as a value."""
     rank, given = len(view.shape), bound_arguments(node)
     target: Any = node.target
@@ -61,7 +61,7 @@ def _sizes(given: dict[str, Any]) -> bool:
     return any(isinstance(value, (fx.Node, torch.SymInt)) for value in given.values())
 
 
-def indexed(flow: Flow, node: Node) -> Any:
+def indexed(flow: ChannelWalk, node: Node) -> Any:
     """x[i, :, j]: the channels may not depend on the positions that are chosen by data."""
     source, indices = node.args[0], list(node.args[1])  # type: ignore[arg-type]
     view = flow.view(source)
@@ -77,7 +77,7 @@ def indexed(flow: Flow, node: Node) -> Any:
     return _chosen(flow, node, ids, chosen, adjacent=_adjacent(chosen))
 
 
-def index_selected(flow: Flow, node: Node) -> Any:
+def index_selected(flow: ChannelWalk, node: Node) -> Any:
     source, axis = node.args[0], int(node.args[1])  # type: ignore[arg-type]
     view = flow.view(source)
     axis %= len(flow.shape(source))  # type: ignore[arg-type]
@@ -90,7 +90,9 @@ def _adjacent(chosen: list[int]) -> bool:
     return chosen == list(range(chosen[0], chosen[0] + len(chosen)))
 
 
-def _chosen(flow: Flow, node: Node, ids: Tensor, chosen: list[int], adjacent: bool) -> Tensor:
+def _chosen(
+    flow: ChannelWalk, node: Node, ids: Tensor, chosen: list[int], adjacent: bool
+) -> Tensor:
     if not all(constant_along(ids, axis) for axis in chosen):
         raise Unfollowed("data chooses among its channels")
     for axis in reversed(chosen):
@@ -102,7 +104,7 @@ def _chosen(flow: Flow, node: Node, ids: Tensor, chosen: list[int], adjacent: bo
     return flow.fit(ids, node)
 
 
-def gathered(flow: Flow, node: Node) -> Any:
+def gathered(flow: ChannelWalk, node: Node) -> Any:
     """gather, sort, topk, flip along an axis: fine where it only moves equal channels."""
     given = bound_arguments(node)
     ids = flow.ids(given["self"])
@@ -111,7 +113,7 @@ def gathered(flow: Flow, node: Node) -> Any:
     return flow.fit(ids.narrow(given["dim"], 0, 1), node)
 
 
-def looked_up(flow: Flow, node: Node) -> Any:
+def looked_up(flow: ChannelWalk, node: Node) -> Any:
     """embedding: the table's columns are the channels; its rows stay what they are."""
     view = flow.view(node.args[0])
     if view is None or len(view.shape) != 2:

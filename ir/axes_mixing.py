@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .axes import Flow, Unfollowed
 from .axes_arithmetic import GATE, tie_all
 from .axes_channels import carries, constant_along
 from .axes_products import VALUES
+from .axes_walk import ChannelWalk, Unfollowed
 from .pattern import bound_arguments
 from .program import Node
 from .text import op_text
@@ -18,7 +18,7 @@ from .text import op_text
 _ATEN, _OURS = torch.ops.aten, torch.ops.planish
 
 
-def normed(flow: Flow, node: Node) -> Any:
+def normed(flow: ChannelWalk, node: Node) -> Any:
     """The statistics mix the channels that come in; the weight and bias make those that go out."""
     given = bound_arguments(node)
     source = given["x"] if "x" in given else given["input"]
@@ -38,14 +38,14 @@ def normed(flow: Flow, node: Node) -> Any:
     return spread[0] if spread else flow.no_channels(node)
 
 
-def group_normed(flow: Flow, node: Node) -> Any:
+def group_normed(flow: ChannelWalk, node: Node) -> Any:
     flow.block(flow.ids(node.args[0]), f"group_norm %{node.name} takes statistics of it")
     for read in node.all_input_nodes[1:]:
         flow.block(flow.ids(read), f"group_norm %{node.name} is not followed")
     return flow.no_channels(node)
 
 
-def attention(flow: Flow, node: Node) -> Any:
+def attention(flow: ChannelWalk, node: Node) -> Any:
     """Queries and keys meet in scores that softmax mixes; a head's value channels pass."""
     given = bound_arguments(node)
     names = ("q", "k", "v") if "q" in given else ("query", "key", "value")
@@ -74,13 +74,13 @@ def _by_query_head(ids: Tensor, heads: int) -> Tensor:
     return ids.repeat_interleave(groups, 1) if groups > 1 else ids
 
 
-def _tie_scores(flow: Flow, heads: int, query: Tensor, key: Tensor) -> None:
+def _tie_scores(flow: ChannelWalk, heads: int, query: Tensor, key: Tensor) -> None:
     """Channel d of a query head and of its key head go together."""
     if query.dim() == 4 and key.dim() == 4 and constant_along(query, 2) and constant_along(key, 2):
         flow.channels.tie(query[:1, :, :1], _by_query_head(key[:1, :, :1], heads))
 
 
-def rotated(flow: Flow, node: Node) -> Any:
+def rotated(flow: ChannelWalk, node: Node) -> Any:
     """Both channels of a rotated pair take one factor."""
     given = bound_arguments(node)
     ids = flow.ids(given["x"])
@@ -96,7 +96,7 @@ def rotated(flow: Flow, node: Node) -> Any:
     return flow.fit(ids, node)
 
 
-def gated(flow: Flow, node: Node) -> Any:
+def gated(flow: ChannelWalk, node: Node) -> Any:
     """activation(gate) * up: the factor passes from up."""
     gate, up, activation = node.args[:3]
     if not flow.scale:
@@ -107,7 +107,7 @@ def gated(flow: Flow, node: Node) -> Any:
     return ids
 
 
-def activated(flow: Flow, node: Node) -> Any:
+def activated(flow: ChannelWalk, node: Node) -> Any:
     """An activation function of ours: of each element, and not homogeneous."""
     if flow.scale:
         raise Unfollowed("it is not homogeneous")

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .axes import Flow, Unfollowed
 from .axes_channels import carries, constant_along
+from .axes_walk import ChannelWalk, Unfollowed
 from .axes_weights import WeightView
 from .pattern import bound_arguments
 from .program import Node
@@ -18,7 +18,7 @@ _ATEN = torch.ops.aten
 VALUES = "the values of an attention"
 
 
-def linear(flow: Flow, node: Node) -> Any:
+def linear(flow: ChannelWalk, node: Node) -> Any:
     """x W^T + b: W's columns read the channels of x, its rows and b make those of the result."""
     given = bound_arguments(node)
     weight = flow.view(given["weight"])
@@ -28,23 +28,23 @@ def linear(flow: Flow, node: Node) -> Any:
     return biased(flow, node, flow.fit(out, node), given["bias"])
 
 
-def addmm(flow: Flow, node: Node) -> Any:
+def addmm(flow: ChannelWalk, node: Node) -> Any:
     given = bound_arguments(node)
     out = product(flow, node, given["mat1"], given["mat2"])
     return biased(flow, node, out, given["self"])
 
 
-def baddbmm(flow: Flow, node: Node) -> Any:
+def baddbmm(flow: ChannelWalk, node: Node) -> Any:
     given = bound_arguments(node)
     out = product(flow, node, given["batch1"], given["batch2"])
     return biased(flow, node, out, given["self"])
 
 
-def matmul(flow: Flow, node: Node) -> Any:
+def matmul(flow: ChannelWalk, node: Node) -> Any:
     return product(flow, node, node.args[0], node.args[1])
 
 
-def biased(flow: Flow, node: Node, out: Tensor, bias: Any) -> Tensor:
+def biased(flow: ChannelWalk, node: Node, out: Tensor, bias: Any) -> Tensor:
     """The result's channels, tied to those of what is added to it."""
     if not isinstance(bias, fx.Node):
         return out
@@ -59,7 +59,7 @@ def biased(flow: Flow, node: Node, out: Tensor, bias: Any) -> Tensor:
     return out
 
 
-def product(flow: Flow, node: Node, a: Any, b: Any) -> Tensor:
+def product(flow: ChannelWalk, node: Node, a: Any, b: Any) -> Tensor:
     """a [..., i, k] b [..., k, j]."""
     left, right = flow.view(a), flow.view(b)
     if right is not None and left is None and len(right.shape) >= 2:
@@ -74,7 +74,13 @@ def product(flow: Flow, node: Node, a: Any, b: Any) -> Tensor:
 
 
 def _by_weight(
-    flow: Flow, node: Node, source: Node, ids: Tensor, weight: WeightView, summed: int, kept: int
+    flow: ChannelWalk,
+    node: Node,
+    source: Node,
+    ids: Tensor,
+    weight: WeightView,
+    summed: int,
+    kept: int,
 ) -> Tensor:
     """ids: the source's, the summed axis last. Returns the result's channels, [kept]."""
     columns, rows = flow.axis_ids(weight, summed), flow.axis_ids(weight, kept)
@@ -91,7 +97,9 @@ def _by_weight(
     return rows
 
 
-def _refuse_mixed(flow: Flow, node: Node, source: Node, ids: Tensor, columns: Tensor) -> None:
+def _refuse_mixed(
+    flow: ChannelWalk, node: Node, source: Node, ids: Tensor, columns: Tensor
+) -> None:
     reason = f"{op_text(node)} %{node.name} multiplies it with %{source.name}, without a factor"
     if not carries(ids):
         flow.block(columns, reason)
@@ -100,7 +108,7 @@ def _refuse_mixed(flow: Flow, node: Node, source: Node, ids: Tensor, columns: Te
         flow.block(torch.where(bare, columns, 0), reason)
 
 
-def _of_values(flow: Flow, node: Node, a: Any, b: Any) -> Tensor:
+def _of_values(flow: ChannelWalk, node: Node, a: Any, b: Any) -> Tensor:
     """Neither is a weight. A factor of b's columns passes if it is the same along the summed axis
     and a carries none; along the summed axis it would have to meet its inverse."""
     left, right = flow.ids(a), flow.ids(b)
@@ -123,7 +131,7 @@ def _of_values(flow: Flow, node: Node, a: Any, b: Any) -> Tensor:
     return flow.fit(ids.narrow(axis, 0, 1), node)
 
 
-def _width_of_values(flow: Flow, node: Node, left: Tensor, right: Tensor) -> Tensor:
+def _width_of_values(flow: ChannelWalk, node: Node, left: Tensor, right: Tensor) -> Tensor:
     left = left.expand(1, 1) if left.dim() < 2 else left
     right = right.expand(1, 1) if right.dim() < 2 else right
     if not constant_along(left, -1) and not constant_along(right, -2):
@@ -137,7 +145,7 @@ def _width_of_values(flow: Flow, node: Node, left: Tensor, right: Tensor) -> Ten
     return flow.no_channels(node)
 
 
-def convolution(flow: Flow, node: Node) -> Any:
+def convolution(flow: ChannelWalk, node: Node) -> Any:
     """Channels on axis 1; padding with zeros fits any factor."""
     given = bound_arguments(node)
     weight, ids = flow.view(given["weight"]), flow.ids(given["input"])
