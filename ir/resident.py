@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .weights import Derived, Entry
+from .weight_entry import Derived, Entry
 
 _WILLNEED, _DONTNEED = 3, 4
 _PAGEMAP = Path("/proc/self/pagemap")

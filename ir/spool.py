@@ -25,7 +25,7 @@ from torch import Tensor
 from .encoded import Encoded
 from .errors import OutputNotWritable
 from .resident import is_mapped, release
-from .weights import Entry
+from .weight_entry import Entry
 
 _Kind = TypeVar("_Kind", bound=Entry)
 _ALIGNMENT = 64

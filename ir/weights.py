@@ -9,63 +9,16 @@ A program reads `weights[name]` and always gets a dense tensor; targets that can
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from .errors import UnknownWeight
 from .memory_budget import memory_budget
-
-
-@runtime_checkable
-class EncodedTensor(Protocol):
-    """What a number format leaves behind: see `planish.ir.formats.Encoded`."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    def decode(self) -> Tensor: ...
-
-    def nbytes(self) -> int: ...
-
-
-@dataclass(frozen=True)
-class Derived:
-    """A dense weight computed from others on reading, e.g. the stacked rows of q, k and v.
-
-    compute: called with the dense sources; returns a tensor of `shape` and `dtype`.
-    """
-
-    sources: tuple[Tensor | EncodedTensor | Derived, ...]
-    compute: Callable[..., Tensor]
-    shape: torch.Size
-    dtype: torch.dtype
-    label: str
-
-    def decode(self) -> Tensor:
-        return self.compute(*(dense(source) for source in self.sources))
-
-    def nbytes(self) -> int:
-        return self.shape.numel() * self.dtype.itemsize
-
-
-Entry = Tensor | EncodedTensor | Derived
-
-
-def dense(entry: Entry) -> Tensor:
-    """The entry as a dense tensor of its shape and dtype; a stored tensor is not copied."""
-    return entry if isinstance(entry, Tensor) else entry.decode()
-
-
-def entry_bytes(entry: Entry) -> int:
-    """Bytes of the entry as it is kept."""
-    return entry.numel() * entry.element_size() if isinstance(entry, Tensor) else entry.nbytes()
+from .resident import release
+from .spool import spooled
+from .weight_entry import Derived, EncodedTensor, Entry, dense, entry_bytes
 
 
 class Weights(Mapping[str, Tensor]):
@@ -101,9 +54,6 @@ class Weights(Mapping[str, Tensor]):
         name = self.aliases.get(name, name)
         kept, old = self.nbytes(), self._entries.get(name)
         if kept > memory_budget():
-            from .resident import release
-            from .spool import spooled
-
             entry = spooled(entry)
             if old is not None:
                 release(old)
@@ -171,3 +121,6 @@ def find_ties(tensors: Mapping[str, Tensor]) -> dict[str, str]:
         else:
             first[key] = name
     return aliases
+
+
+__all__ = ["Derived", "EncodedTensor", "Entry", "Weights", "dense", "entry_bytes", "find_ties"]
