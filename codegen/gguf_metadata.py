@@ -67,7 +67,7 @@ def _tokenizer(folder: Path, size: int, pretokenizer: str) -> dict[str, Any]:
     if not pretokenizer:
         raise UnsupportedByTarget(
             "a GGUF file names the rule by which texts are split before they become tokens",
-            expected="llama.cpp's name for it, such as llama-bpe, qwen2, smollm or gpt-2",
+            expected="the name that llama.cpp has for the rule (its tokenizer.ggml.pre)",
             found="no option pretokenizer",
             fix="pass --target-set pretokenizer=NAME, or a GGUF of the model as option source",
         )
@@ -79,7 +79,7 @@ def _tokenizer(folder: Path, size: int, pretokenizer: str) -> dict[str, Any]:
         kinds[added["id"]] = _CONTROL if added["special"] else _USER
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
     found = {
-        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.model": "gpt2",  # what the file format calls byte-level BPE
         "tokenizer.ggml.pre": pretokenizer,
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": kinds,

@@ -149,6 +149,7 @@ def test_rounding_a_model_needs_the_memory_of_a_weight(tmp_path: Path) -> None:
     command = [sys.executable, "-c", _CHILD, str(tmp_path / "model"), recipe, str(tmp_path / "out")]
     environment = {"PLANISH_MEMORY": "16M", "OMP_NUM_THREADS": "1"}
     grown = _grown(command, environment)
+    # Not derived: code and graphs took 61 and 102 MB in two runs; with all weights it is over 400.
     assert grown < 130, grown
     unbounded = _grown([*command[:-1], str(tmp_path / "other")], {"PLANISH_MEMORY": "10G"})
     assert unbounded > grown + 200, (grown, unbounded)
