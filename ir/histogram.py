@@ -33,8 +33,9 @@ class Histogram:
         low, high = (end.item() for end in torch.aminmax(part))
         self.low, self.high = min(self.low, low), max(self.high, high)
         most = max(abs(low), abs(high))
-        if self.limit == 0:
-            self.limit = most
+        if self.limit == 0 and most > 0:
+            # a bin no narrower than the smallest normal number: its reciprocal stays finite
+            self.limit = max(most, self.bins * torch.finfo(torch.float32).tiny)
         while self.limit < most:
             self._double()
         if self.limit == 0:

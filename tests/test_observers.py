@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from planish.ir.activation_grid import ActivationGrid
 from planish.ir.errors import UnknownOption
@@ -47,6 +47,8 @@ def test_a_grid_rounds_as_the_operation_does(a: float, b: float, symmetric: bool
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=60))
+@example([0.0, 0.0, -1.1754943508222875e-38])
+@example([-1.401298464324817e-45, 0.0, 0.0])
 def test_a_histogram_counts_everything_whatever_the_order(numbers: list[float]) -> None:
     forth, back = Histogram(64), Histogram(64)
     for number in numbers:
