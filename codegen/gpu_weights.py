@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..ir.affine_form import affine_form
 from ..ir.edit import Editor
 from ..ir.encoded import Encoded
 from ..ir.format_affine import AffineInt
+from ..ir.format_two_four import Compressed
 from ..ir.program import Node
 from ..kernels.catalog import triton_kernels
 from ..kernels.triton_spec import TritonSpec
@@ -26,7 +28,8 @@ def packed_arguments(
     """
     if entry.axis != axis:
         return "its groups do not lie along the axis that is summed"
-    coded = coded_arguments(entry)
+    fmt = entry.format
+    coded = _sparse(entry) if isinstance(fmt, Compressed) else coded_arguments(entry)
     if coded is None:
         return integer_arguments(editor, weight, entry)
     if isinstance(coded, str):
@@ -39,6 +42,20 @@ def packed_arguments(
         for kind, part in arguments.items()
     }
     return triton_kernels()[name], nodes
+
+
+def _sparse(entry: Encoded) -> tuple[str, dict[str, Any]] | str:
+    """The arguments of `linear_sparse24`, laid out again for its tiles."""
+    from ..kernels.linear_sparse24 import pack
+
+    if entry.format != Compressed(2, 4):
+        return f"no kernel reads {entry.format.name}"
+    if len(entry.shape) != 2:
+        return f"it is a stack of matrices {list(entry.shape)}"
+    if entry.dtype == torch.float64:
+        return "it is float64, and the kernel computes in float32"
+    rows = entry.decode().movedim(entry.axis, -1).contiguous()
+    return "linear_sparse24", dict(vars(pack(rows)))
 
 
 def integer_arguments(

@@ -22,9 +22,11 @@ from ..ir.format_gobo import Gobo
 from ..ir.format_kmeans import KMeans
 from ..ir.format_mx import Microscaled, NvFp4
 from ..ir.format_nf4 import Blockwise4
+from ..ir.format_two_four import Compressed
 from ..ir.sparse_rows import VALUES, places
 from ..ir.table_format import TableFormat
 from .onnx_builder import DOUBLE, FLOAT, INT32, INT64, Builder, Value, onnx_dtype
+from .onnx_compressed import expanded
 from .onnx_packed import integers
 
 
@@ -39,6 +41,8 @@ def coded_weight(b: Builder, name: str, encoded: Encoded) -> Value | None:
             found = b.cast(_entries(b, name, encoded, fmt.bits), work)
         case TableFormat():
             found = _scaled(b, name, encoded, fmt, work)
+        case Compressed():
+            found = expanded(b, name, encoded, fmt, work)
         case _:
             return None
     return b.cast(_in_place(b, encoded, found), onnx_dtype(encoded.dtype))

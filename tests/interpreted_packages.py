@@ -118,6 +118,7 @@ CODED = {
     "ternary-tensor": "linear_ternary",
     "ternary-g32": "linear_int",
     "binary-channel": "linear_int",
+    "2:4": "linear_sparse24",
 }
 
 

@@ -47,8 +47,9 @@ NAMES = [
     *("gobo3", "gobo2"),
     *("int4-g32-sym+sparse0.5%", "nf4+sparse5%", "int3-channel-asym+sparse1%"),
     *("int4-g32-sym+columns1%", "fp8-e4m3-channel+columns10%"),
+    *("2:4", "4:8"),
 ]
-GRIDS = [name for name in NAMES if "gobo" not in name and "+" not in name]
+GRIDS = [name for name in NAMES if not any(part in name for part in ("gobo", "+", ":"))]
 
 
 def seeded(seed: int, *shape: int) -> Tensor:
@@ -233,7 +234,7 @@ def test_blocks_of_rows_change_nothing(
 
 
 def test_formats_without_a_grid_say_so() -> None:
-    for name in ("gobo3", "int4-g32-sym+sparse1%"):
+    for name in ("gobo3", "int4-g32-sym+sparse1%", "2:4"):
         with pytest.raises(UnsupportedFormat, match="no grid"):
             parse_format(name).grid(seeded(0, 3, 2, 32))
 

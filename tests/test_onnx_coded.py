@@ -45,7 +45,7 @@ def test_onnxruntime_equals_the_program(
     assert_equal_to_rounding(program, folder, [IDS])
 
 
-@pytest.mark.parametrize("name", ["nf4", "int4-g32-offset-f16", "int4-g32-sym+sparse2%"])
+@pytest.mark.parametrize("name", ["nf4", "int4-g32-offset-f16", "int4-g32-sym+sparse2%", "2:4"])
 @pytest.mark.parametrize("dtype", [torch.float16])
 def test_in_half_precision(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     program = in_format(coded(dtype=dtype), parse_format(name), parse_format("int8-channel-sym"))
