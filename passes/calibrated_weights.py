@@ -25,13 +25,17 @@ from .calibration_checkpoint import Checkpoint, open_checkpoint
 from .contract import Context, contract
 from .weight_plan import WeightQuantizer
 
+_PRUNED = 0.2
+"""The share of zeros from which on a weight counts as pruned."""
+
 
 @dataclass(frozen=True)
 class Problem:
     """Weights that share their input and format, stacked by rows.
 
     weight: float32 [rows, in]; hessian: of the input, damped so that it is positive definite,
-    float64 [in, in]; dtype: of the weights in the model; where: names them in errors.
+    float64 [in, in]; dtype: of the weights in the model; where: names them in errors. zeros: bool
+    [rows, in], what is zero in the pruned ones of the weights; None if none of them is pruned.
     """
 
     weight: Tensor
@@ -39,6 +43,7 @@ class Problem:
     format: Format
     dtype: torch.dtype
     where: str
+    zeros: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -234,7 +239,8 @@ class _Run:
         if pull is not None:
             stacked = stacked + (stacked.double() @ pull).float()
         fmt, where = self.planned[names[0]][1], names[0]
-        solution = self.method.solve(Problem(stacked, hessian, fmt, weights[0].dtype, where))
+        problem = Problem(stacked, hessian, fmt, weights[0].dtype, where, _zeros(rows))
+        solution = self.method.solve(problem)
         encoded: dict[str, Encoded] = {}
         start = 0
         for name, axis, matrix in zip(names, axes, rows, strict=True):
@@ -260,6 +266,15 @@ def _hessian(activations: Activations) -> Hessian:
     for rows in activations:
         found.add(rows)
     return found
+
+
+def _zeros(rows: Sequence[Tensor]) -> Tensor | None:
+    """Where the matrices that are pruned hold zeros, stacked by rows; None if none is pruned."""
+    zeros = [matrix == 0 for matrix in rows]
+    pruned = [float(mask.float().mean()) >= _PRUNED for mask in zeros]
+    if not any(pruned):
+        return None
+    return torch.cat([mask & is_pruned for mask, is_pruned in zip(zeros, pruned, strict=True)])
 
 
 def _rows(grid: Grid, at: slice) -> Grid:

@@ -15,32 +15,47 @@ from .group_grids import GroupGrids
 
 
 def descend(
-    target: Tensor, rounded: Tensor, hessian: Tensor, grids: GroupGrids, sweeps: int
+    target: Tensor,
+    rounded: Tensor,
+    hessian: Tensor,
+    grids: GroupGrids,
+    sweeps: int,
+    zeros: Tensor | None = None,
 ) -> Tensor:
     """A matrix [rows, in] on `grids` (whose scales change) no further from `target` than `rounded`.
 
     The distance is tr(D H D^T), D = result - target; hessian: [in, in], positive diagonal.
+    zeros: bool [rows, in], what stays zero as it is in `rounded`.
     """
     hessian = hessian.float()
     values = rounded.t().contiguous()  # [in, rows]: a column is contiguous
+    held = None if zeros is None else zeros.t().contiguous()
     slope = hessian @ (rounded - target.float()).t()  # half the gradient
     for _ in range(sweeps):
         for group in range(grids.count):
             at = grids.span(group)
             before = values[at].clone()
-            _descend_group(values[at], slope[at].clone(), hessian[at, at], grids, group)
+            here = None if held is None else held[at]
+            _descend_group(values[at], slope[at].clone(), hessian[at, at], grids, group, here)
             slope.addmm_(hessian[:, at], values[at] - before)
     return values.t().contiguous()
 
 
 def _descend_group(
-    values: Tensor, slope: Tensor, hessian: Tensor, grids: GroupGrids, group: int
+    values: Tensor,
+    slope: Tensor,
+    hessian: Tensor,
+    grids: GroupGrids,
+    group: int,
+    zeros: Tensor | None,
 ) -> None:
     """One group's columns [group, rows], changed in place; slope is used up."""
     _fit_line(values, slope, hessian, grids, group)
     for column, curvature in enumerate(hessian.diagonal().tolist()):
         wanted = torch.sub(values[column], slope[column], alpha=1 / curvature)
         change = grids.nearest(group, wanted).sub_(values[column])
+        if zeros is not None:
+            change.masked_fill_(zeros[column], 0)
         values[column] += change
         slope.addr_(hessian[column], change)
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..ir.formats import AffineInt, Format
+from ..ir.table_format import TableFormat
 from .calibrated_weights import CalibratedQuantizer, Problem, Solution
 from .descend_columns import descend
 from .gptq_columns import gptq
@@ -26,7 +28,8 @@ class QuantizeGptq(CalibratedQuantizer):
     For the shared options see `WeightQuantizer` and `CalibratedQuantizer`. act_order: columns of
     large inputs first; the stored order does not change. static_groups: choose every group's grid
     before anything is rounded; without it, act_order keeps the columns of a group together.
-    sweeps: how often to go over the rounded columns again, scales included.
+    sweeps: how often to go over the rounded columns again, scales included. keep_zeros: what is
+    zero in a pruned weight (a fifth of it or more) stays zero, in formats that have a zero.
     """
 
     bits: int = 4
@@ -34,17 +37,25 @@ class QuantizeGptq(CalibratedQuantizer):
     act_order: bool = True
     static_groups: bool = True
     sweeps: int = 2
+    keep_zeros: bool = True
 
     def solve(self, problem: Problem) -> Solution:
         width = problem.weight.shape[1]
         grids = GroupGrids(problem.format, width, problem.dtype, problem.where)
+        zeros = problem.zeros if self.keep_zeros and _has_zero(problem.format) else None
         values = gptq(
             problem.weight,
             problem.hessian,
             grids,
             act_order=self.act_order,
             static_groups=self.static_groups,
+            zeros=zeros,
         )
         if self.sweeps > 0:
-            values = descend(problem.weight, values, problem.hessian, grids, self.sweeps)
+            values = descend(problem.weight, values, problem.hessian, grids, self.sweeps, zeros)
         return Solution(values, grids.grid())
+
+
+def _has_zero(fmt: Format) -> bool:
+    """Whether zero lies on every grid of a format."""
+    return isinstance(fmt, AffineInt) or (isinstance(fmt, TableFormat) and 0.0 in fmt.entries)
