@@ -21,6 +21,7 @@ from .format_mx import Microscaled, NvFp4
 from .format_offset import AffineOffset
 from .format_sparse import WithOutliers
 from .format_ternary import Signs
+from .format_two_four import Compressed
 from .layouts import BitPacked
 from .sparse_rows import COLUMNS, POINTERS, places
 from .sparse_rows import VALUES as OUTLIER_VALUES
@@ -89,6 +90,8 @@ def affine_form(encoded: Encoded) -> AffineForm | None:
 
 def why_not_affine(encoded: Encoded) -> str:
     """Why `affine_form` is None, to be read after "because"."""
+    if isinstance(encoded.format, Compressed):
+        return "no kernel multiplies by a compressed weight here: its zeros are put back"
     return f"the values of {encoded.format.name} lie on no grid of equal steps"
 
 

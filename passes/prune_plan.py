@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..ir.errors import PlanishError, WrongOption
 from ..ir.history import Measured
-from ..ir.program import Program
+from ..ir.program import Node, Program
 from ..ir.rewrite import Journal
 from ..ir.sparsity_patterns import SCOPES, Sparsity, parse_sparsity
 from ..ir.weight_blocks import check_weight
@@ -43,7 +43,8 @@ class WeightPruner(Pass):
     four. scope: whether a share is the same in each "row" (output), or of the whole "matrix". skip:
     names to leave alone, comma-separated patterns. overrides: of single layers, "PATTERN=SPARSITY;
     PATTERN=none", matched with the weight's name or its module's path; the last match counts.
-    Looked-up tables, and heads tied to them, stay as they are.
+    heads: prune products onto the vocabulary, too: an output of the program with a channel for each
+    row of a looked-up table. Tables, and heads tied to them, stay as they are.
     """
 
     contract = contract("lossy", requires=["functional", "dense_weights"], min_sqnr=-20.0)
@@ -51,6 +52,7 @@ class WeightPruner(Pass):
     scope: str = "row"
     skip: str = ""
     overrides: str = ""
+    heads: bool = False
 
     def __post_init__(self) -> None:
         if self.scope not in SCOPES:
@@ -83,11 +85,18 @@ class WeightPruner(Pass):
         roles, overrides = weight_roles(program), self._overrides
         names = [name for role in roles for name in program.weights.names_of(role.name)]
         overrides.check(names, f"option {self.pass_name()}.overrides")
-        found = [(role, self._of(program, role, overrides, journal)) for role in roles]
+        vocabularies = {int(role.value.shape[0]) for role in roles if role.tables}
+        heads = {r.name for r in roles if not self.heads and _is_head(r, vocabularies)}
+        found = [(r, self._of(program, r, overrides, r.name in heads, journal)) for r in roles]
         return [(role, pattern) for role, pattern in found if pattern is not None]
 
     def _of(
-        self, program: Program, role: Role, overrides: LayerPatterns, journal: Journal
+        self,
+        program: Program,
+        role: Role,
+        overrides: LayerPatterns,
+        head: bool,
+        journal: Journal,
     ) -> Sparsity | None:
         """The pattern of one weight, or None with the reason in the journal."""
         names = program.weights.names_of(role.name)
@@ -106,6 +115,8 @@ class WeightPruner(Pass):
             reason = "named in the option skip"
         elif choices and choices[-1] == "none":
             reason = "set to none by the option overrides"
+        elif not reason and not choices and head:
+            reason = "a head onto the vocabulary; the option heads is false"
         if reason:
             journal.declined(self.pass_name(), role.name, reason)
             return None
@@ -148,6 +159,27 @@ def note(pattern: Sparsity, zeros: int, size: int, said: str = "") -> str:
     """What was done to one weight, for the journal."""
     idle = "" if pattern.structured else ", which saves nothing on ordinary hardware"
     return f"{pattern.name}: {zeros / size:.1%} zeros{idle}{'; ' if said else ''}{said}"
+
+
+def _is_head(role: Role, vocabularies: set[int]) -> bool:
+    """Whether a product with the weight is an output, with a channel for each row of a table.
+
+    What lies between (a bias, a cast, a soft cap) keeps the channels.
+    """
+    for product in role.matmuls:
+        channels, found = _channels(product), [product]
+        if channels not in vocabularies:
+            continue
+        for node in found:
+            if any(user.op == "output" for user in node.users):
+                return True
+            found += [u for u in node.users if _channels(u) == channels and u not in found]
+    return False
+
+
+def _channels(node: Node) -> object:
+    value = node.meta.get("val")
+    return value.shape[-1] if isinstance(value, Tensor) and value.dim() else None
 
 
 def _hindrance(role: Role, names: list[str]) -> str | None:

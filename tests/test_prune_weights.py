@@ -177,7 +177,7 @@ class Stack(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(2)
-        self.table = nn.Embedding(31, 50)
+        self.table = nn.Embedding(33, 50)
         self.up, self.gate = nn.Linear(50, 80), nn.Linear(50, 80, bias=False)
         self.down = nn.Parameter(torch.randn(80, 36) / 9)
         self.last = nn.Linear(36, 31)
@@ -289,6 +289,20 @@ def test_other_uses_are_told() -> None:
     assert "looks rows of it up, tied to the matmul" in str(caught.value)
 
 
+def test_heads_onto_the_vocabulary_are_pruned_only_if_asked() -> None:
+    before = captured("llama")
+    batches = [list(before.examples)]
+    after = prune(PruneWanda(sparsity="2:4"), before, batches)
+    declined = {d.value: d.reason for d in after.history.records[-1].declined}
+    (name,) = [n for n, reason in declined.items() if "head onto the vocabulary" in reason]
+    assert torch.equal(after.weights[name], before.weights[name])
+    for step in (
+        PruneWanda(sparsity="2:4", heads=True),
+        PruneWanda(sparsity="2:4", overrides=f"{name}=2:4"),
+    ):
+        assert parse_sparsity("2:4", "x").holds(prune(step, before, batches).weights[name])
+
+
 def test_skips_and_overrides() -> None:
     step = PruneWanda(sparsity="2:4", skip="last.*", overrides="up=75%; down=none")
     after = prune(step, stack())
@@ -334,7 +348,7 @@ def test_real_graphs(name: str) -> None:
     exact = run(before, batches[0], float64=True)[0]
     found: list[float] = []
     for method in (PruneMagnitude, PruneSparsegpt):
-        after = prune(method(sparsity="2:4"), before, batches)
+        after = prune(method(sparsity="2:4", heads=True), before, batches)
         rows = rows_of_products(after)
         assert rows
         assert all(parse_sparsity("2:4", "x").holds(part) for part in rows.values())
