@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +64,15 @@ class WeightPruner(Pass):
                 fix=f"choose one of {', '.join(SCOPES)}",
             )
         _ = self.pattern, self._overrides
+
+    def with_options(self, changes: dict[str, Any]) -> Pass:
+        """See `Pass`. A number is a share; YAML reads an unquoted 2:4 as 124, to base 60."""
+        given = changes.get("sparsity")
+        if isinstance(given, int) and given > 60:
+            changes = changes | {"sparsity": f"{given // 60}:{given % 60}"}
+        elif isinstance(given, (int, float)):
+            changes = changes | {"sparsity": f"{given:g}"}
+        return super().with_options(changes)
 
     @property
     def pattern(self) -> Sparsity:

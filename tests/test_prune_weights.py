@@ -30,6 +30,7 @@ from planish.passes.prune_sparsegpt import PruneSparsegpt
 from planish.passes.prune_wanda import PruneWanda
 from planish.passes.quantize_weights import QuantizeWeights
 from planish.passes.sparsegpt_columns import sparsegpt
+from planish.recipes import read_recipe
 from torch import Tensor, nn
 
 ROWS, WIDTH = 7, 40
@@ -86,6 +87,19 @@ def test_names_of_patterns_are_read_back(text: str) -> None:
 def test_patterns_that_are_none(text: str) -> None:
     with pytest.raises(WrongOption, match=r"prune_wanda\.sparsity is no pattern of zeros"):
         PruneWanda(sparsity=text)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [("2:4", "2:4"), ("4:8", "4:8"), ('"2:4"', "2:4"), ("0.25", "25%"), ("50%", "50%")],
+)
+def test_recipes_may_leave_the_quotes_out(written: str, meant: str) -> None:
+    text = f"name: mine\npasses:\n  - prune_magnitude: {{sparsity: {written}}}\n"
+    (step,) = read_recipe(text).passes({})
+    assert isinstance(step, PruneMagnitude)
+    assert step.pattern.name == meant
+    with pytest.raises(WrongOption):
+        step.with_options({"sparsity": 1})
 
 
 def test_a_short_last_group_keeps_no_more() -> None:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
+from captured import captured
 from planish.ir.capture import capture_module
+from planish.ir.encoded import Encoded
 from planish.ir.interpret import run
 from planish.ir.numerics import sqnr
 from planish.ir.program import Program
 from planish.ir.sparsity_patterns import parse_sparsity
+from planish.passes.drop_dead import DropDead
+from planish.passes.fuse_gate_up import FuseGateUp
+from planish.passes.fuse_qkv import FuseQkv
 from planish.passes.pack_sparse import PackSparse
 from planish.passes.pipeline import Pipeline
 from planish.passes.prune_sparsegpt import PruneSparsegpt
 from planish.passes.quantize_gptq import QuantizeGptq
 from planish.passes.quantize_weights import QuantizeWeights
+from planish.passes.smooth import Smooth
+from planish.recipes import pipeline
 from torch import Tensor, nn
 
 NAMES = {"up.weight": -1, "down": -2}
@@ -89,6 +96,27 @@ def test_it_is_better_than_to_round_to_nearest(pruned: Program) -> None:
     plain = Pipeline([QuantizeWeights(bits=4, group_size=16, remainder="short")]).run(pruned)
     assert kept(plain, pruned), "symmetric grids hold zero"
     assert noise(gptq(pruned), pruned) > noise(plain, pruned)
+
+
+def test_a_whole_line_of_passes_keeps_the_zeros() -> None:
+    """Smoothing scales whole columns, and fused weights are the rows of several."""
+    steps = [
+        *pipeline("raise").passes,
+        PruneSparsegpt(sparsity="2:4"),
+        Smooth(),
+        QuantizeGptq(group_size=16, remainder="short"),
+        FuseQkv(),
+        FuseGateUp(),
+        DropDead(),
+    ]
+    before = captured("llama")
+    after = Pipeline(steps, verify="numbers").run(before, calibration=[list(before.examples)])
+    pruned = [name for name in after.weights if isinstance(after.weights.entry(name), Encoded)]
+    fused = [name for name in pruned if "+" in name]
+    assert len(fused) == 4
+    for name in pruned:
+        if "lm_head" not in name:
+            assert PATTERN.holds(after.weights[name])
 
 
 def test_formats_without_a_zero_lose_them(pruned: Program) -> None:
