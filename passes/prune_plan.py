@@ -14,13 +14,14 @@ from torch import Tensor
 
 from ..ir.errors import PlanishError, WrongOption
 from ..ir.history import Measured
-from ..ir.program import Node, Program
+from ..ir.program import Program
 from ..ir.rewrite import Journal
 from ..ir.sparsity_patterns import SCOPES, Sparsity, parse_sparsity
 from ..ir.weight_blocks import check_weight
 from ..ir.weight_roles import Role, weight_roles
 from .contract import Pass, contract
 from .layer_patterns import LayerPatterns
+from .spared_products import spared
 
 _UNSTRUCTURED = (
     "zeros that may lie anywhere save neither memory nor time on ordinary hardware: the weights "
@@ -44,8 +45,8 @@ class WeightPruner(Pass):
     four. scope: whether a share is the same in each "row" (output), or of the whole "matrix". skip:
     names to leave alone, comma-separated patterns. overrides: of single layers, "PATTERN=SPARSITY;
     PATTERN=none", matched with the weight's name or its module's path; the last match counts.
-    heads: prune products onto the vocabulary, too: an output of the program with a channel for each
-    row of a looked-up table. Tables, and heads tied to them, stay as they are.
+    heads: prune heads onto the vocabulary and routers, too (`spared_products`). Tables, and heads
+    tied to them, stay as they are.
     """
 
     contract = contract("lossy", requires=["functional", "dense_weights"], min_sqnr=-20.0)
@@ -95,9 +96,8 @@ class WeightPruner(Pass):
         roles, overrides = weight_roles(program), self._overrides
         names = [name for role in roles for name in program.weights.names_of(role.name)]
         overrides.check(names, f"option {self.pass_name()}.overrides")
-        vocabularies = {int(role.value.shape[0]) for role in roles if role.tables}
-        heads = {r.name for r in roles if not self.heads and _is_head(r, vocabularies)}
-        found = [(r, self._of(program, r, overrides, r.name in heads, journal)) for r in roles]
+        left = {} if self.heads else spared(roles)
+        found = [(r, self._of(program, r, overrides, left.get(r.name), journal)) for r in roles]
         return [(role, pattern) for role, pattern in found if pattern is not None]
 
     def _of(
@@ -105,14 +105,14 @@ class WeightPruner(Pass):
         program: Program,
         role: Role,
         overrides: LayerPatterns,
-        head: bool,
+        left: str | None,
         journal: Journal,
     ) -> Sparsity | None:
         """The pattern of one weight, or None with the reason in the journal."""
         names = program.weights.names_of(role.name)
         choices = [choice for name in names if (choice := overrides.of(name)) is not None]
-        hindrance = _hindrance(role, names)
-        if choices and choices[-1] != "none" and hindrance:
+        hindrance = _hindrance(role)
+        if hindrance and _named(overrides, names):
             raise CannotPrune(
                 f"{role.name} cannot be pruned",
                 where=role.name,
@@ -125,8 +125,8 @@ class WeightPruner(Pass):
             reason = "named in the option skip"
         elif choices and choices[-1] == "none":
             reason = "set to none by the option overrides"
-        elif not reason and not choices and head:
-            reason = "a head onto the vocabulary; the option heads is false"
+        elif not reason and not choices and left:
+            reason = f"{left}; the option heads is false"
         if reason:
             journal.declined(self.pass_name(), role.name, reason)
             return None
@@ -171,28 +171,13 @@ def note(pattern: Sparsity, zeros: int, size: int, said: str = "") -> str:
     return f"{pattern.name}: {zeros / size:.1%} zeros{idle}{'; ' if said else ''}{said}"
 
 
-def _is_head(role: Role, vocabularies: set[int]) -> bool:
-    """Whether a product with the weight is an output, with a channel for each row of a table.
-
-    What lies between (a bias, a cast, a soft cap) keeps the channels.
-    """
-    for product in role.matmuls:
-        channels, found = _channels(product), [product]
-        if channels not in vocabularies:
-            continue
-        for node in found:
-            if any(user.op == "output" for user in node.users):
-                return True
-            found += [u for u in node.users if _channels(u) == channels and u not in found]
-    return False
+def _named(overrides: LayerPatterns, names: list[str]) -> bool:
+    """Whether an override asks for one of the names itself, not for all that fit a pattern."""
+    asked = {pattern for pattern, choice in overrides.choices if choice != "none"}
+    return bool(asked & {*names, *(name.rpartition(".")[0] for name in names)})
 
 
-def _channels(node: Node) -> object:
-    value = node.meta.get("val")
-    return value.shape[-1] if isinstance(value, Tensor) and value.dim() else None
-
-
-def _hindrance(role: Role, names: list[str]) -> str | None:
+def _hindrance(role: Role) -> str | None:
     """Why a weight cannot be pruned at all."""
     if role.tables:
         tied = ", tied to the matmul that reads it too" if role.matmuls else ""

@@ -30,7 +30,7 @@ from planish.passes.prune_sparsegpt import PruneSparsegpt
 from planish.passes.prune_wanda import PruneWanda
 from planish.passes.quantize_weights import QuantizeWeights
 from planish.passes.sparsegpt_columns import sparsegpt
-from planish.recipes import read_recipe
+from planish.recipes import pipeline, read_recipe
 from torch import Tensor, nn
 
 ROWS, WIDTH = 7, 40
@@ -301,6 +301,8 @@ def test_other_uses_are_told() -> None:
     with pytest.raises(CannotPrune, match=r"table\.weight cannot be pruned") as caught:
         prune(PruneMagnitude(overrides="table=2:4"), before)
     assert "looks rows of it up, tied to the matmul" in str(caught.value)
+    by_pattern = prune(PruneMagnitude(sparsity="2:4", overrides="*=1:4"), before)
+    assert [a.before for a in by_pattern.history.records[-1].applied] == ["out.weight"]
 
 
 def test_heads_onto_the_vocabulary_are_pruned_only_if_asked() -> None:
@@ -315,6 +317,35 @@ def test_heads_onto_the_vocabulary_are_pruned_only_if_asked() -> None:
         PruneWanda(sparsity="2:4", overrides=f"{name}=2:4"),
     ):
         assert parse_sparsity("2:4", "x").holds(prune(step, before, batches).weights[name])
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+def test_routers_are_pruned_only_if_asked(name: str) -> None:
+    before = pipeline("raise").run(captured(name))
+    record = prune(PruneMagnitude(sparsity="2:4"), before).history.records[-1]
+    routers = [d.value for d in record.declined if d.reason.startswith("a router:")]
+    assert routers
+    assert all(value.endswith("mlp.gate.weight") for value in routers)
+    record = prune(PruneMagnitude(sparsity="2:4", heads=True), before).history.records[-1]
+    assert set(routers) <= {a.before for a in record.applied}
+
+
+class Positions(nn.Module):
+    """As many positions as channels: what is added to the stream is no head for that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.place, self.out = nn.Embedding(24, 24), nn.Linear(24, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.out(self.place(torch.arange(x.shape[-2])) + x)
+
+
+def test_a_product_onto_the_residual_stream_is_no_head() -> None:
+    before = capture_module(Positions().eval(), (torch.randn(2, 5, 24),))
+    record = prune(PruneMagnitude(sparsity="2:4"), before).history.records[-1]
+    assert [a.before for a in record.applied] == ["out.weight"]
 
 
 def test_skips_and_overrides() -> None:
