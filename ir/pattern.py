@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
 from . import activation_ops as _activation_ops  # registers its operations, as ops does
+from . import adapter_op as _adapter_op  # likewise
 from . import cache_ops as _cache_ops  # likewise
 from . import ops as _ops  # registers the planish namespace
 from .edit import current_editor
@@ -25,7 +26,7 @@ from .program import Node
 _COMMUTATIVE = {"aten::add", "aten::mul", "aten::logical_and", "aten::maximum", "aten::minimum"}
 _OVERLOADS = ("default", "Tensor", "Tensor_Scalar", "dim", "int", "Scalar")  # tried in this order
 
-SEMANTIC_OPS = (_ops.__name__, _cache_ops.__name__, _activation_ops.__name__)
+SEMANTIC_OPS = (_ops.__name__, _cache_ops.__name__, _activation_ops.__name__, _adapter_op.__name__)
 
 
 class Expression:

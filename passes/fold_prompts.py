@@ -1,9 +1,9 @@
 """Fold trained prompts into a program: virtual tokens before its text.
 
 Prompt tuning (Lester et al. 2021, sec. 2) and P-tuning (Liu et al. 2021, sec. 3) train the
-embeddings of some virtual tokens. In a program without a cache: before, `%e = embedding(%W, %ids)`; after,
-`%e = cat(%prompts, embedding(%W, %ids))`, lengths and masks longer by the prompts, and results cut
-to the rows of the text. In a decoder with a KV cache the prompts do not depend on the text that
+embeddings of some virtual tokens. In a program without a cache, before: `%e = embedding(%W, %ids)`;
+after: `%e = cat(%prompts, embedding(%W, %ids))`, with longer lengths and masks, and results cut to
+the rows of the text. In a decoder with a KV cache the prompts do not depend on the text that
 follows them, so their keys and values are computed now and precede the cache as constants.
 """
 

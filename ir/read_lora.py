@@ -1,0 +1,142 @@
+"""LoRA factors of a PEFT folder by module: A [rank, in], B [out, rank] and the factor of B A.
+
+Only what stays low-rank at run time: a variant that changes the whole weight is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import PickleRefused, PlanishError, SourceNotFound
+from .read_safetensors import read_safetensors
+
+_TENSORS = "adapter_model.safetensors"
+_BASE = ".base_layer.weight"  # PEFT saves embeddings and heads beside their adapters
+_PREFIX = "base_model.model."
+_FLAGS = {
+    "use_dora": "DoRA scales the whole weight",
+    "lora_bias": "its branch has a bias",
+    "modules_to_save": "whole modules are replaced",
+    "target_parameters": "parameters that are no modules are adapted",
+    "trainable_token_indices": "rows of the embedding are replaced",
+    "layer_replication": "layers are repeated",
+    "use_qalora": "its factors act on pooled inputs",
+    "arrow_config": "tokens choose among adapters",
+    "alora_invocation_tokens": "it begins in the middle of the text",
+    "corda_config": "its base weights were changed too",
+    "eva_config": "",
+    "loftq_config": "",
+}
+
+
+class CannotServe(PlanishError):
+    """An adapter that cannot be kept apart from its base and chosen by index."""
+
+
+@dataclass(frozen=True)
+class LoraFactors:
+    """a: [rank, in], b: [out, rank]; the weight [out, in] changes by scale * b @ a."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+def read_lora(folder: str | Path, base: Mapping[str, Tensor]) -> dict[str, LoraFactors]:
+    """Module path -> factors. base: the weights of the base, by name.
+
+    Raises SourceNotFound, PickleRefused and CannotServe.
+    """
+    folder = Path(folder)
+    if not (folder / "adapter_config.json").is_file():
+        raise SourceNotFound(
+            f"there is no adapter in {folder}",
+            expected="a folder with adapter_config.json and adapter_model.safetensors",
+            fix="give the folder that PEFT's save_pretrained wrote",
+        )
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    _refuse_variants(folder.name, config)
+    if not (folder / _TENSORS).is_file():
+        if (folder / "adapter_model.bin").is_file():
+            raise PickleRefused(
+                f"the adapter in {folder.name} is a pickle, which could run any code",
+                expected=_TENSORS,
+                found="adapter_model.bin",
+                fix="save it again with safe_serialization=True",
+            )
+        raise SourceNotFound(f"the adapter in {folder} has no tensors", expected=_TENSORS)
+    return _factors(folder.name, config, read_safetensors(folder / _TENSORS), base)
+
+
+def _refuse_variants(name: str, config: Mapping[str, Any]) -> None:
+    if config.get("peft_type") != "LORA":
+        raise CannotServe(
+            f"the adapter {name} is of another kind",
+            expected="LORA",
+            found=str(config.get("peft_type")),
+            fix="merge it: merge_adapters",
+        )
+    found = {flag: why for flag, why in _FLAGS.items() if why and config.get(flag)}
+    if config.get("bias", "none") != "none":
+        found["bias"] = "biases of the base are replaced"
+    if found:
+        raise CannotServe(
+            f"the adapter {name} cannot be kept beside its base",
+            expected="plain LoRA or rank-stabilized LoRA",
+            found="; ".join(f"{flag}: {why}" for flag, why in found.items()),
+            fix="merge it: merge_adapters",
+        )
+
+
+def _factors(
+    name: str,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    base: Mapping[str, Tensor],
+) -> dict[str, LoraFactors]:
+    found: dict[str, LoraFactors] = {}
+    wrong: list[str] = []
+    known = {f"{kind}.weight" for kind in ("lora_A", "lora_B")}
+    for key in tensors:
+        if key.endswith(_BASE):
+            own = key.removeprefix(_PREFIX).removesuffix(_BASE) + ".weight"
+            if own not in base or not torch.equal(base[own], tensors[key]):
+                wrong.append(f"{own} comes with the adapter and is not the base's")
+            continue
+        module, _, kind = key.removeprefix(_PREFIX).rpartition(".lora_")
+        if f"lora_{kind}" not in known:
+            wrong.append(f"{key} is no factor of a linear layer")
+        elif kind == "A.weight":
+            a, b = tensors[key], tensors.get(key.replace("lora_A", "lora_B"))
+            if b is None or a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
+                shape = None if b is None else list(b.shape)
+                wrong.append(f"{module}: lora_A is {list(a.shape)}, lora_B {shape}")
+            else:
+                found[module] = LoraFactors(a, b, _scale(config, module, int(a.shape[0])))
+    if wrong or not found:
+        raise CannotServe(
+            f"the adapter {name} does not hold pairs of factors",
+            expected="MODULE.lora_A.weight [rank, in] with MODULE.lora_B.weight [out, rank]",
+            found="; ".join(wrong[:10]) or "no tensor of that name",
+        )
+    return found
+
+
+def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """alpha / rank, or alpha / sqrt(rank) (Kalajdzievski 2023, "rsLoRA", eq. 3)."""
+    patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
+    alpha = float(config.get("lora_alpha", rank))
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            alpha = float(value)
+            break
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
