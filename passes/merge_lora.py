@@ -35,10 +35,12 @@ class MergeLora(Pass):
     contract = contract("bounded", requires=["functional"], rounds_weights=True)
 
     def run(self, program: Program, context: Context) -> None:
-        _Run(program, context, self.pass_name()).all()
+        Merger(program, context, self.pass_name()).all()
 
 
-class _Run:
+class Merger:
+    """The merges of one pass run on one program."""
+
     def __init__(self, program: Program, context: Context, name: str) -> None:
         self.program, self.context, self.name = program, context, name
         self.editor = Editor(program)
@@ -53,18 +55,18 @@ class _Run:
         groups: dict[Node, list[tuple[Region, Base]]] = {}
         for region in regions:
             base = find_base(region)
-            reason = self._why_not(region, base)
+            reason = self.why_not(region, base)
             if reason is not None or base is None:
                 self.context.journal.declined(self.name, region.root, reason or "")
             else:
                 groups.setdefault(base.weight, []).append((region, base))
         for done, group in enumerate(groups.values()):
             self.context.progress(done, len(groups), self.name)
-            self._merge(group)
+            self.merge(group)
         if self.context.journal.count:
             self.editor.sweep()
 
-    def _why_not(self, region: Region, base: Base | None) -> str | None:
+    def why_not(self, region: Region, base: Base | None) -> str | None:
         if len(region.products) > 1:
             reason = _why_not_cheaper(region)
             if reason:
@@ -83,7 +85,7 @@ class _Run:
                 return f"{node.target} is kept as {kept.name}: merge adapters before quantizing"
         return None
 
-    def _merge(self, group: Sequence[tuple[Region, Base]]) -> None:
+    def merge(self, group: Sequence[tuple[Region, Base]]) -> None:
         """Regions whose base is one weight: all of them merge alike, or none does."""
         region, base = group[0]
         inside = {node for r, _ in group for node in r.removed()}
