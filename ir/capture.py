@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from .capture_failure import capture_failed
 from .errors import CaptureFailed, StatefulModel, WrongInput
+from .named_arguments import named_arguments
 from .own_cache import without_own_cache
 from .program import Program
 from .weights import Entry, Weights, find_ties
@@ -50,7 +51,7 @@ def capture_module(
     was_training = model.training
     model.eval()
     try:
-        with without_own_cache(model) as had_cache:
+        with without_own_cache(model) as had_cache, named_arguments(model, args, kwargs):
             exported, notes = _export(model, args, kwargs, dynamic_shapes)
     finally:
         model.train(was_training)
