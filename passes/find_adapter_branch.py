@@ -216,7 +216,7 @@ class Finder:
             if step is None or len(steps) > _MOST_STEPS:
                 return None
             frontier.discard(latest)
-            if not frontier and latest in starts:
+            if not frontier and latest in starts and len(starts) > 1:
                 return None  # the other terms are computed from this one: it is x itself
             steps[latest] = step
             products += step.kind in PRODUCTS

@@ -25,6 +25,7 @@ from ..ir.weight_expressions import constant_nodes, evaluate, sources
 from .branch_matrix import merged, why_not_one
 from .contract import Context, Pass, contract
 from .find_adapter_branch import Finder, Region
+from .merge_packed import change_rows, find_packed, why_not_packed
 from .merged_product import Base, find_base, put_in_place, stored
 
 
@@ -51,6 +52,7 @@ class Merger:
         finder = Finder(self.program.graph, self.constant)
         sums = finder.sums()
         taken = {node for region in sums for node in (*region.steps, *region.sums)}
+        self._merge_packed(finder, taken)
         regions = [*sums, *finder.scalings(taken)]
         groups: dict[Node, list[tuple[Region, Base]]] = {}
         for region in regions:
@@ -65,6 +67,22 @@ class Merger:
             self.merge(group)
         if self.context.journal.count:
             self.editor.sweep()
+
+    def _merge_packed(self, finder: Finder, taken: set[Node]) -> None:
+        journal = self.context.journal
+        for packed in find_packed(finder):
+            root = packed.change.root
+            if root in taken:
+                continue
+            taken.update((root, packed.product))
+            reason = why_not_packed(packed, self.program)
+            if reason is not None:
+                journal.declined(self.name, root, reason)
+            elif journal.offers():
+                for name, tensor in change_rows(self.program, packed):
+                    self.program.weights[name] = tensor
+                self.editor.replace(root, packed.part)
+                journal.replaced(self.name, root, packed.part, "a part of a packed product")
 
     def why_not(self, region: Region, base: Base | None) -> str | None:
         if len(region.products) > 1:

@@ -395,6 +395,47 @@ def test_an_encoded_base_is_left_alone() -> None:
     ]
 
 
+class PackedParts(nn.Module):
+    """One product for query, key and value; adapters beside the query and the value."""
+
+    def __init__(self, bias: bool = True, overlap: bool = False) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(6, 15, bias=bias)
+        self.a, self.b = nn.Linear(6, 2, bias=False), nn.Linear(2, 7, bias=True)
+        self.c, self.d = nn.Linear(6, 1, bias=False), nn.Linear(1, 4, bias=False)
+        self.overlap = overlap
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        packed = self.qkv(x)
+        q, k, v = packed.split((7, 4, 4), -1)
+        k = packed[..., 5:11] if self.overlap else k
+        return q + self.b(self.a(x)) * 2, torch.tanh(k), v - self.d(self.c(x))
+
+
+def test_parts_of_a_packed_product_take_their_adapters() -> None:
+    model = seeded(PackedParts())
+    after = merge(capture(model))
+    assert products(after) == 1
+    assert applied(after) == 2
+    with torch.no_grad():
+        wide = model.qkv.weight.double().clone()
+        wide[:7] += 2 * model.b.weight.double() @ model.a.weight.double()
+        wide[11:] -= model.d.weight.double() @ model.c.weight.double()
+    torch.testing.assert_close(after.weights["qkv.weight"], wide.float(), rtol=2e-7, atol=2e-7)
+    assert list(after.weights) == ["qkv.weight", "qkv.bias"]
+
+
+def test_near_misses_of_packed_products_say_why() -> None:
+    without = merge(capture(seeded(PackedParts(bias=False)))).history.records[-1]
+    assert [entry.reason for entry in without.declined] == [
+        "%linear has no bias and its adapter has one"
+    ]
+    after = merge(capture(seeded(PackedParts(overlap=True)))).history.records[-1]
+    assert [entry.reason for entry in after.declined] == [
+        "%slice_1 reads the same channels of %linear"
+    ]
+
+
 def test_what_would_not_be_finite_is_left_alone() -> None:
     class Huge(Branch):
         def forward(self, x: Tensor) -> Tensor:
