@@ -21,6 +21,7 @@ from ..ir.interpret import run
 from ..ir.pattern import bound_arguments
 from ..ir.program import Node, Program
 from ..ir.read_virtual_tokens import PROMPTS, read_virtual_tokens
+from .captured_prompts import fold_captured
 from .constant_past import CannotFold, past_inputs, precede, refresh
 from .contract import Context, Pass, contract
 
@@ -29,7 +30,10 @@ _ATEN = torch.ops.aten
 
 @dataclass(frozen=True)
 class FoldPrompts(Pass):
-    """Fold the prompts of a PEFT folder (`adapter`) into constants before the text."""
+    """Fold the prompts of a PEFT folder (`adapter`) into constants before the text.
+
+    Without a folder, the prompts that were captured with the model are computed once.
+    """
 
     adapter: str = ""
 
@@ -37,9 +41,11 @@ class FoldPrompts(Pass):
 
     def run(self, program: Program, context: Context) -> None:
         if not self.adapter:
+            if fold_captured(program, context.journal, self.pass_name()) or context.journal.count:
+                return
             raise WrongOption(
-                "fold_prompts was given no adapter",
-                expected="adapter=FOLDER",
+                "fold_prompts was given no adapter, and the program has no prompts of its own",
+                expected="adapter=FOLDER, or a model that was captured with its prompts",
                 fix="name the folder of a prompt-tuned adapter",
             )
         tokens = read_virtual_tokens(self.adapter, PROMPTS)

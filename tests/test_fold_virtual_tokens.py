@@ -127,6 +127,18 @@ def test_an_encoder_takes_prompts_too(tmp_path: Path) -> None:
     same(run(program, list(inputs.values()))[0], wanted, wide, True)
 
 
+@pytest.mark.parametrize("kind", ["prompt", "p-tuning"])
+def test_captured_prompts_are_computed_once(kind: str, tmp_path: Path) -> None:
+    model = adapter("llama", KINDS[kind](), tmp_path)
+    made = zoo.build("llama", "sdpa", layers=2)
+    before = pipeline("exact").run(capture_module(model, (), made.kwargs))
+    after = Pipeline([FoldPrompts()]).run(before)
+    assert after.weights.shape("prompts") == (1, TOKENS, 48)
+    assert not any("prompt_encoder" in name for name in after.weights)
+    inputs = list(text(True).values())
+    assert torch.equal(run(after, inputs)[0], run(before, inputs)[0])
+
+
 def test_the_interface_and_the_context(tmp_path: Path) -> None:
     adapter("gpt2", KINDS["prefix"](), tmp_path)
     before = Pipeline([InsertKvCache()]).run(base("gpt2", True))
@@ -150,8 +162,9 @@ def test_bad_folders(tmp_path: Path) -> None:
     def fold(step: FoldPrefix | FoldPrompts) -> None:
         Pipeline([step]).run(cached)
 
-    with pytest.raises(WrongOption, match="was given no adapter"):
-        fold(FoldPrefix())
+    for step in (FoldPrefix(), FoldPrompts()):
+        with pytest.raises(WrongOption, match="was given no adapter"):
+            fold(step)
     with pytest.raises(SourceNotFound, match="no adapter"):
         fold(FoldPrefix(str(tmp_path)))
     folder = written(tmp_path, "LORA", {"a": torch.zeros(2, 3)})
