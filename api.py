@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,7 +49,9 @@ def trace(
     if isinstance(model, torch.nn.Module):
         from .ir.capture import capture_module
 
-        return capture_module(model, _as_tuple(args), kwargs, dynamic_shapes)
+        program = capture_module(model, _as_tuple(args), kwargs, dynamic_shapes)
+        program.metadata |= model_config(model)
+        return program
     return load_program(
         Path(model), _as_tuple(args), dict(kwargs or {}), dynamic_shapes, kv_cache, keep_codes
     )
@@ -98,6 +101,16 @@ def explain(model: Model | Optimized, args: tuple[Any, ...] = (), **kwargs: Any)
     if isinstance(model, Optimized):
         return report(model.program)
     return report(trace(model, args, kwargs or None))
+
+
+def model_config(model: torch.nn.Module) -> dict[str, str]:
+    """What a module of transformers tells of its shape, as text: for writing it as a folder."""
+    config = getattr(model, "config", None)
+    if not hasattr(config, "to_json_string") or not hasattr(config, "model_type"):
+        return {}
+    settings = json.loads(config.to_json_string(use_diff=False))  # type: ignore[union-attr]
+    settings["architectures"] = [type(model).__name__]
+    return {"model_config": json.dumps(settings)}
 
 
 def _as_tuple(args: Any) -> tuple[Any, ...]:

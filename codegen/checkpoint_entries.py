@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..ir.encoded import Encoded
 from ..ir.errors import UnsupportedByTarget
-from ..ir.program import Program
+from ..ir.pattern import bound_arguments
+from ..ir.program import Node, Program
 from ..ir.stack_encoded import slice_rows
 from ..ir.weights import Derived, Entry
 from .checkpoint_source import CheckpointModel
@@ -53,7 +54,7 @@ def _taken_apart(program: Program, model: CheckpointModel) -> dict[str, Entry]:
     """
     found: dict[str, Entry] = {}
     for fused in program.weights:
-        names = _joined_names(fused)
+        names = joined_names(fused)
         heights = [_rows_of(name, model) for name in names]
         start = 0
         for name, height in zip(names, heights, strict=True):
@@ -69,13 +70,40 @@ def _rows_of(name: str, model: CheckpointModel) -> int | None:
     return None if shape is None else shape[0]
 
 
-def _joined_names(fused: str) -> list[str]:
+def joined_names(fused: str) -> list[str]:
     """a.q+k+v.weight, or a.q+k+v.weight_2, means a.q.weight, a.k.weight and a.v.weight."""
     path, _, ending = fused.rpartition(".")
     prefix, dot, middle = path.rpartition(".")
     if "+" not in middle:
         return []
     return [f"{prefix}{dot}{part}.{ending.partition('_')[0]}" for part in middle.split("+")]
+
+
+def rename(name: str, new: Mapping[str, str]) -> str:
+    """A weight's new name; of a fused one, with the parts' new path."""
+    if name in new:
+        return new[name]
+    for part in joined_names(name):
+        if part in new:
+            tokens = name.split(".")
+            pairs = zip(part.split("."), new[part].split("."), strict=True)
+            for place, (old, fresh) in enumerate(pairs):
+                if old != fresh:
+                    tokens[place] = fresh
+            return ".".join(tokens)
+    return name
+
+
+def row_heights(node: Node) -> list[int]:
+    """How many rows each part of a fused weight has, from the slices that readers take."""
+    ends: list[tuple[int, int]] = []
+    for user in node.users:
+        for reader in user.users:
+            if reader.target is torch.ops.aten.slice.Tensor:
+                given = bound_arguments(reader)
+                if isinstance(given["start"], int) and isinstance(given["end"], int):
+                    ends.append((given["start"], given["end"]))
+    return [end - start for start, end in sorted(ends)]
 
 
 def _rows(entry: Entry, start: int, stop: int) -> Entry:
@@ -94,7 +122,7 @@ def _refuse_strangers(
     buffers = {name for name, _ in model.module.named_buffers()}
     for node in program.weight_nodes():
         name = str(node.target)
-        known = {name, *program.weights.names_of(name), *_joined_names(name)}
+        known = {name, *program.weights.names_of(name), *joined_names(name)}
         strange = node.users and not known & (written | buffers | set(model.ties))
         if strange and not _is_constant(program, name):
             raise _unfit(target, f"the program reads {name}", "a weight that a pass added")

@@ -57,7 +57,9 @@ def write_folder(
         total = sum(tensor.nbytes for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         _write_json(folder / "model.safetensors.index.json", index)
-    settings = {**model.settings, "quantization_config": dict(quantization)}
+    settings = dict(model.settings)
+    if quantization:
+        settings["quantization_config"] = dict(quantization)
     settings.pop("torch_dtype", None)
     settings["dtype"] = _main_dtype(tensors)
     if untied:

@@ -26,12 +26,12 @@ _LARGEST_COPY = 100_000_000
 class CheckpointModel:
     """The model class of a folder, without its weights.
 
-    folder: where config.json and the tokenizer lie. settings: config.json without its
+    folder: where config.json and the tokenizer lie, if anywhere. settings: config.json without its
     quantization. module: on the meta device. shapes: of all parameters and buffers that a
     checkpoint holds. ties: {other name: name}.
     """
 
-    folder: Path
+    folder: Path | None
     settings: Mapping[str, Any]
     module: nn.Module
     shapes: Mapping[str, torch.Size]
@@ -57,6 +57,8 @@ class CheckpointModel:
 
     def copy_files(self, folder: Path) -> None:
         """Copy what lies beside the weights: tokenizer, chat template, generation settings."""
+        if self.folder is None:
+            return
         for file in sorted(self.folder.iterdir()):
             skipped = file.suffix in _NOT_COPIED or ".index." in file.name
             named = file.name in ("config.json", "planish.json", "quantize_config.json")
@@ -71,6 +73,18 @@ def checkpoint_model(program: Program, source: str, target: str) -> CheckpointMo
 
     Raises UnsupportedByTarget where nothing tells, and the errors of `read_config`.
     """
+    path = source_folder(program, source, target)
+    settings = read_config(path, quantized=True)
+    settings.pop("quantization_config", None)
+    transformers = import_transformers()
+    config = configuration(transformers, path)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return model_of(path, settings, model_class(transformers, config, settings, path), config)
+
+
+def source_folder(program: Program, source: str, target: str) -> Path:
+    """The folder with config.json that a program comes from; raises UnsupportedByTarget."""
     named = source or str(program.metadata.get(ORIGIN) or "")
     path = Path(named)
     if not named or not path.exists():
@@ -84,17 +98,18 @@ def checkpoint_model(program: Program, source: str, target: str) -> CheckpointMo
         from ..ir.read_gguf import gguf_settings
 
         path = gguf_settings(path)
-    settings = read_config(path, quantized=True)
-    settings.pop("quantization_config", None)
-    transformers = import_transformers()
-    config = configuration(transformers, path)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    return path
+
+
+def model_of(
+    folder: Path | None, settings: Mapping[str, Any], made: Any, config: Any
+) -> CheckpointModel:
+    """A model class of transformers with a configuration, built on the meta device."""
     with torch.device("meta"):
-        module: nn.Module = model_class(transformers, config, settings, path)(config)
+        module: nn.Module = made(config)
     state = module.state_dict(keep_vars=True)
     shapes = {name: tensor.shape for name, tensor in state.items()}
-    return CheckpointModel(path, settings, module, shapes, _ties(state))
+    return CheckpointModel(folder, settings, module, shapes, _ties(state))
 
 
 def _ties(state: Mapping[str, Any]) -> dict[str, str]:
