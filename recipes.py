@@ -29,6 +29,7 @@ def _steps(*parts: str | tuple[str, dict[str, Any]]) -> tuple[Step, ...]:
 
 _RAISE = _steps(
     "canonicalize",
+    "merge_lora",
     "share_subexpressions",
     "raise_norm",
     "raise_rotary",
@@ -129,6 +130,18 @@ _METHODS = (
         "8-bit weights and activations, outlier columns of the activations in floats (LLM.int8)",
         _W8,
         (_A8, {"scheme": "llm_int8"}),
+    ),
+    _named(
+        "sparse24",
+        "2:4 weights by SparseGPT, stored in half; needs calibration",
+        ("prune_sparsegpt", {"sparsity": "2:4"}),
+        "pack_sparse",
+    ),
+    _named(
+        "sparse24-gptq4",
+        "2:4 weights by SparseGPT, then 4 bits by GPTQ, zeros kept; needs calibration",
+        ("prune_sparsegpt", {"sparsity": "2:4"}),
+        "quantize_gptq",
     ),
     _named(
         "ternary",
