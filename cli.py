@@ -62,7 +62,10 @@ def export(
         typer.Option("--set", metavar="PASS.OPTION=VALUE", help="Change an option; repeatable."),
     ] = None,
     target: Annotated[
-        str, typer.Option(help="onnx, torch, triton, gptq, awq, compressed-tensors or gguf.")
+        str,
+        typer.Option(
+            help="onnx, torch, triton, huggingface, gptq, awq, compressed-tensors or gguf."
+        ),
     ] = "onnx",
     profile: Annotated[
         str | None, typer.Option(help="onnx: ort (the default) or standard.")
