@@ -23,6 +23,7 @@ from ..ir.errors import CalibrationTooSmall, WrongInput
 from ..ir.pattern import bound_arguments
 from ..ir.program import Node, Program
 from ..ir.weight_roles import Role, weight_roles
+from ..ir.weights import Weights
 from .calibration_stream import Stream, schedule
 from .nonfinite_activation import nonfinite_activation
 
@@ -86,6 +87,10 @@ class Activations:
     def __len__(self) -> int:
         return self._stream.count
 
+    def beside(self, value: Node) -> Iterator[Tensor] | None:
+        """Another value [tokens, width], batch by batch; None if it is not kept at this site."""
+        return self._stream.rows(value)
+
     def __iter__(self) -> Iterator[Tensor]:
         for batch in range(self._stream.count):
             value = self._stream.value(self.site.value, batch)
@@ -141,19 +146,20 @@ def sweep(
     sites: Sequence[Site] | None = None,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
     paired: bool = False,
+    original: Weights | None = None,
 ) -> None:
     """Run all batches once through the graph; at each site, when all have arrived, call `visit`.
 
     batches: flat input lists. visit: may replace entries of `program.weights` that the site's
     products read. sites: some of `product_sites`, in graph order. paired: run a second stream
-    beside it on the weights as they are now, which `activations.reference` shows: twice the time
-    and memory. Raises CalibrationTooSmall and NonFiniteActivation.
+    beside it on the `original` weights (by default those of now), which `activations.reference`
+    shows: twice the time and memory. Raises CalibrationTooSmall and NonFiniteActivation.
     """
     chosen = list(product_sites(program) if sites is None else sites)
     check_batches(program, batches)
     plan = schedule(program, [site.value for site in chosen])
     stream = Stream(program, batches, plan, program.weights.__getitem__)
-    original = program.weights.copy()
+    original = program.weights.copy() if original is None else original
     twin = Stream(program, batches, plan, original.__getitem__) if paired else None
     for number, site in enumerate(chosen):
         progress(number, len(chosen), site.module)

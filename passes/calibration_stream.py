@@ -8,7 +8,7 @@ rotary tables, masks of full batches), is kept once.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,6 +93,14 @@ class Stream:
     def value(self, node: Node, batch: int) -> Any:
         """A kept value of one batch."""
         return self._kept[node][self._key(node, batch)]
+
+    def rows(self, node: Node) -> Iterator[Tensor] | None:
+        """A kept value of every batch as [tokens, width]; None if it is not kept now."""
+        kept = self._kept.get(node, {})
+        if any(self._key(node, batch) not in kept for batch in range(self.count)):
+            return None
+        values = (self.value(node, batch) for batch in range(self.count))
+        return (value.reshape(-1, value.shape[-1]) for value in values)
 
     @torch.no_grad()
     def advance(self, segment: int) -> None:
