@@ -68,6 +68,7 @@ def optimize(
     verify: str = "facts",
     on_break: str = "rollback",
     kv_cache: bool = False,
+    adapters: Iterable[str | Path] = (),
     progress: Progress | None = None,
 ) -> Optimized:
     """Trace a model (unless it is a Program already) and run a recipe on it.
@@ -79,8 +80,9 @@ def optimize(
     "numbers" (contracts are checked on the example inputs and on two calibration batches).
     kv_cache: a decoder gets `past` and returns (result, present), see `insert_kv_cache`; what is
     then exported to onnx is a folder that `planish.Generator` reads.
+    adapters: PEFT folders, merged into the weights before anything else ("PATH=0.5" weighs one).
     """
-    chosen = find_recipe(recipe)
+    chosen = find_recipe(recipe).with_adapters([str(folder) for folder in adapters])
     chosen = chosen.with_kv_cache() if kv_cache else chosen
     steps = chosen.passes(options)
     program = trace(model, args, kwargs, kv_cache=kv_cache)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,13 @@ class Recipe:
             return self
         description = f"{self.description}; with a KV cache"
         return Recipe(self.name, description, (*self.steps, Step("insert_kv_cache")))
+
+    def with_adapters(self, folders: Sequence[str]) -> Recipe:
+        """PEFT folders merged, and then this recipe; itself if there are none."""
+        if not folders:
+            return self
+        merge = Step("merge_adapters", (("adapters", "; ".join(folders)),))
+        return Recipe(self.name, f"adapters merged; {self.description}", (merge, *self.steps))
 
     def to_yaml(self) -> str:
         body = [

@@ -22,6 +22,7 @@ _IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 
 def gguf_metadata(model: CheckpointModel, pretokenizer: str) -> dict[str, bytes]:
     """Entries by key. pretokenizer: llama.cpp's name for how the tokenizer splits texts."""
+    assert model.folder is not None  # `checkpoint_model` always knows one
     config: Any = model.module.config
     architecture = str(config.model_type)
     found: dict[str, Any] = {

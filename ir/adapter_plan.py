@@ -1,0 +1,282 @@
+"""What an adapter's tensors do to which weights of a program, all checked before anything changes.
+
+Names are the folder's own: a module of the base and the adapter's part. They meet the program's
+weights by name, where the program may lack a prefix that the adapter has, or the reverse.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from .adapter_change import Added, Change, Delta, Replace, ReplaceRows, Spot
+from .adapter_lora import Dora, ExpertLowRank, LowRank, Subtracted
+from .adapter_products import Hadamard, Kronecker, Scaled, VectorProduct, random_projections
+from .errors import WrongOption
+from .program import Program
+from .read_adapter import Adapter, AdapterMismatch
+from .weight_roles import weight_roles
+
+_PREFIX = re.compile(r"^base_model\.(model\.)?")
+_PARTS = re.compile(
+    r"^(?P<module>.*?)\.(?P<part>lora_[AB]\.(?:weight|bias)|lora_embedding_[AB]|"
+    r"lora_magnitude_vector(?:\.weight)?|hada_\w+|lokr_\w+|ia3_l|vera_lambda_[bd]|"
+    r"(?:token_adapter\.)?trainable_tokens_delta)$"
+)
+_WRAPPED = re.compile(r"\.(base_layer|ln_tuning_layers|modules_to_save|original_module)(?=\.|$)")
+_MOST_TOLD = 10
+
+
+@dataclass(frozen=True)
+class Step:
+    """One change of one weight; module: the adapter's name for where it belongs."""
+
+    spot: Spot
+    change: Change
+    module: str
+
+
+@dataclass
+class _Plan:
+    adapter: Adapter
+    program: Program
+    steps: list[Step] = field(default_factory=list[Step])
+    wrong: list[str] = field(default_factory=list[str])
+
+    def __post_init__(self) -> None:
+        weights = self.program.weights
+        self.names = [*weights, *weights.aliases]
+        self.roles = {role.name: role for role in weight_roles(self.program)}
+
+    # names
+
+    def find(self, name: str) -> str | None:
+        """The program's name of an adapter's weight: the same, or one that ends alike."""
+        if name in self.names:
+            return name
+        ends = [n for n in self.names if n.endswith("." + name) or name.endswith("." + n)]
+        return ends[0] if len(ends) == 1 else None
+
+    def spot(self, name: str) -> Spot:
+        kept = self.program.weights.canonical(name)
+        shape = tuple(int(size) for size in self.program.weights.shape(kept))
+        role = self.roles.get(kept)
+        if role is None:
+            return Spot(kept, shape)
+        return Spot(kept, shape, role.axis if role.matmuls else None, bool(role.tables))
+
+    def add(self, name: str, change: Change, module: str) -> None:
+        found = self.find(name)
+        if found is None:
+            self.wrong.append(f"{module}: the base has no weight {name}")
+            return
+        spot = self.spot(found)
+        reason = change.misfit(spot) or self._shared(found, spot, change)
+        if reason:
+            self.wrong.append(f"{module}: {reason} ({spot.name})")
+        else:
+            self.steps.append(Step(spot, change, module))
+
+    def _shared(self, name: str, spot: Spot, change: Change) -> str | None:
+        """A weight that other modules read too would change for them as well."""
+        role = self.roles.get(spot.name)
+        others = [n for n in self.program.weights.names_of(spot.name) if n != name]
+        if others and role is not None and role.tables and role.matmuls:
+            return f"its weight is tied to {others[0]}, which would change with it"
+        return None
+
+    # what modules hold
+
+    def module(self, module: str, parts: dict[str, Tensor]) -> None:
+        first = min(parts)
+        made = {
+            "lora": self._lora,
+            "hada": self._product(Hadamard, "hada_"),
+            "lokr": self._product(Kronecker, "lokr_"),
+            "ia3": self._scaled,
+            "vera": self._vera,
+        }
+        if "trainable_tokens_delta" in first:
+            self._tokens(module, parts[first])
+        else:
+            made[first.partition("_")[0]](module, parts)
+
+    def scale(self, module: str) -> float:
+        """alpha / r, or alpha / sqrt(r) for rsLoRA, by the module's own numbers."""
+        rank = self.adapter.by_module("rank_pattern", "r", module)
+        alpha_name = "lora_alpha" if self.adapter.kind == "LORA" else "alpha"
+        alpha = self.adapter.by_module("alpha_pattern", alpha_name, module)
+        return alpha / (math.sqrt(rank) if self.adapter.setting("use_rslora") else rank)
+
+    def _lora(self, module: str, parts: dict[str, Tensor]) -> None:
+        scale = self.scale(module)
+        table = "lora_embedding_A" in parts or "lora_embedding_B" in parts
+        names = [f"lora_embedding_{x}" if table else f"lora_{x}.weight" for x in "AB"]
+        missing = [name for name in names if name not in parts]
+        if missing:
+            self.wrong.append(f"{module}: the adapter lacks {', '.join(missing)}")
+            return
+        a, b = (parts[name] for name in names)
+        flipped = bool(self.adapter.setting("fan_in_fan_out")) or table
+        branch = LowRank(a, b, scale, flipped)
+        change: Change = branch
+        magnitude = parts.get("lora_magnitude_vector", parts.get("lora_magnitude_vector.weight"))
+        init = str(self.adapter.setting("init_lora_weights", True)).lower()
+        if magnitude is not None:
+            change = Dora(branch, magnitude)
+        elif init in ("pissa", "olora"):
+            change = Subtracted(branch, init)
+        self.add(f"{module}.weight", change, module)
+        if "lora_B.bias" in parts:
+            self.add(f"{module}.bias", Added(parts["lora_B.bias"], scale), module)
+
+    def _product(
+        self, kind: Callable[[Mapping[str, Tensor], float], Change], prefix: str
+    ) -> Callable[[str, dict[str, Tensor]], None]:
+        def build(module: str, parts: dict[str, Tensor]) -> None:
+            stripped = {name.removeprefix(prefix): value for name, value in parts.items()}
+            self.add(f"{module}.weight", kind(stripped, self.scale(module)), module)
+
+        return build
+
+    def _scaled(self, module: str, parts: dict[str, Tensor]) -> None:
+        named = self.adapter.setting("feedforward_modules", [])
+        fits = [named] if isinstance(named, str) else named
+        ends = (re.fullmatch(named, module) is not None) if isinstance(named, str) else False
+        inputs = ends or any(module == m or module.endswith("." + m) for m in fits)
+        flipped = bool(self.adapter.setting("fan_in_fan_out"))
+        self.add(f"{module}.weight", Scaled(parts["ia3_l"].flatten(), inputs, flipped), module)
+        if not inputs and self.find(f"{module}.bias") is not None:
+            self.add(f"{module}.bias", Scaled(parts["ia3_l"].flatten(), False), module)
+
+    def _vera(self, module: str, parts: dict[str, Tensor]) -> None:
+        a, b = self._projections
+        d, out = parts["vera_lambda_d"], parts["vera_lambda_b"]
+        flipped = bool(self.adapter.setting("fan_in_fan_out"))
+        self.add(f"{module}.weight", VectorProduct(a, b, d, out, flipped=flipped), module)
+
+    @property
+    def _projections(self) -> tuple[Tensor, Tensor]:
+        stored = {_PREFIX.sub("", name): value for name, value in self.adapter.tensors.items()}
+        if "vera_A" in stored and "vera_B" in stored:
+            return stored["vera_A"], stored["vera_B"]
+        sizes = [
+            self.program.weights.shape(found)
+            for name in stored
+            if name.endswith(".vera_lambda_b")
+            and (found := self.find(name.removesuffix(".vera_lambda_b") + ".weight"))
+        ]
+        turned = bool(self.adapter.setting("fan_in_fan_out"))
+        out = max(int(size[int(turned)]) for size in sizes)
+        into = max(int(size[1 - int(turned)]) for size in sizes)
+        key, rank = self.adapter.setting("projection_prng_key"), self.adapter.setting("r")
+        return random_projections(int(key), int(rank), out, into)
+
+    def _tokens(self, module: str, value: Tensor) -> None:
+        rows = self.adapter.setting("trainable_token_indices")
+        rows = rows if rows is not None else self.adapter.setting("token_indices", [])
+        if isinstance(rows, Mapping):
+            rows = next((v for k, v in rows.items() if module.endswith(k)), [])
+        change = ReplaceRows(tuple(int(row) for row in rows), value)
+        self.add(f"{module}.weight", change, module)
+
+    def experts(self, module: str, nested: list[dict[str, Tensor]]) -> None:
+        """target_parameters: each wrapper round a module holds the factors of one parameter.
+
+        The innermost wrapper is the first of the configuration's parameters of this module.
+        """
+        named = [
+            name.rpartition(".")[2]
+            for name in self.adapter.setting("target_parameters", [])
+            if f"{module}.".endswith(name.rpartition(".")[0] + ".")
+        ]
+        for parts in nested:
+            a, b = parts.get("lora_A.weight"), parts.get("lora_B.weight")
+            if a is None or b is None:
+                self.wrong.append(f"{module}: the adapter lacks a factor of {', '.join(named)}")
+                continue
+            change = ExpertLowRank(a, b, self.scale(module))
+            places = [self.find(f"{module}.{name}") for name in named]
+            fits = [
+                name
+                for name, place in zip(named, places, strict=True)
+                if place is not None and change.misfit(self.spot(place)) is None
+            ]
+            chosen = fits[0] if fits else (named[0] if named else "weight")
+            self.add(f"{module}.{chosen}", change, module)
+            named = [name for name in named if name != chosen]
+
+
+def plan_adapter(adapter: Adapter, program: Program) -> list[Step]:
+    """Every change that an adapter makes; raises AdapterMismatch, with up to ten reasons."""
+    plan = _Plan(adapter, program)
+    modules: dict[str, dict[int, dict[str, Tensor]]] = {}
+    for name, value in adapter.tensors.items():
+        bare = _PREFIX.sub("", name)
+        if bare in ("vera_A", "vera_B"):
+            continue
+        match = _PARTS.match(bare)
+        if match is None:
+            kept = _WRAPPED.sub("", bare)
+            plan.add(kept, Replace(value), kept.rpartition(".")[0])
+            continue
+        depth = match["module"].count(".base_layer")
+        module = _WRAPPED.sub("", match["module"])
+        modules.setdefault(module, {}).setdefault(depth, {})[match["part"]] = value
+    for module, levels in modules.items():
+        stack = plan.find(f"{module}.weight") is None and adapter.setting("target_parameters")
+        if stack:
+            plan.experts(module, [levels[depth] for depth in sorted(levels, reverse=True)])
+        else:
+            for parts in levels.values():
+                plan.module(module, parts)
+    _refuse(adapter, plan.wrong)
+    return plan.steps
+
+
+def weighted(steps: Sequence[Step], factor: float, name: str) -> list[Step]:
+    """The same changes, scaled; raises WrongOption for those that are no sums."""
+    if factor == 1:
+        return list(steps)
+    for step in steps:
+        if not isinstance(step.change, Delta):
+            raise WrongOption(
+                f"the adapter {name} cannot be weighted by {factor:g}",
+                where=step.module,
+                expected="an adapter that adds to weights",
+                found=f"{type(step.change).__name__.lower()}, which replaces or scales them",
+                fix="merge it with a weight of 1",
+            )
+    return [replace(step, change=_Weighted(step.change, factor)) for step in steps]
+
+
+@dataclass(frozen=True)
+class _Weighted(Delta):
+    change: Change
+    factor: float
+
+    def misfit(self, spot: Spot) -> str | None:
+        return self.change.misfit(spot)
+
+    def delta(self, spot: Spot, dtype: object) -> Tensor:  # type: ignore[override]
+        assert isinstance(self.change, Delta)
+        return self.change.delta(spot, dtype) * self.factor  # type: ignore[arg-type]
+
+
+def _refuse(adapter: Adapter, wrong: list[str]) -> None:
+    if not wrong:
+        return
+    more = f"; and {len(wrong) - _MOST_TOLD} more" if len(wrong) > _MOST_TOLD else ""
+    raise AdapterMismatch(
+        f"the adapter {adapter.name} does not fit this base",
+        expected="weights of the base's names and sizes, every factor of each",
+        found="; ".join(wrong[:_MOST_TOLD]) + more,
+        fix="offer the base that the adapter was trained on, before its matmuls are fused",
+    )
+
+
+__all__ = ["Step", "plan_adapter", "weighted"]
