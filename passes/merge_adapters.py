@@ -2,17 +2,19 @@
 
 Before: `%q = linear(%x, %W)`. After: the same graph, with the adapter's change in `%W`. The order
 of operations is PEFT's own, so the weights are those of its `merge_and_unload`. Several folders are
-merged one after the other: their weighted deltas add up, as in PEFT's combination `cat`.
+merged one after the other, so that their weighted deltas add up (PEFT's `cat`), or combined first.
 Hu et al. 2022 (LoRA, sec. 4.1); the other kinds: `ir/adapter_lora.py`, `ir/adapter_products.py`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..ir.adapter_change import wide_dtype
+from ..ir.adapter_combine import FACTORS, PRODUCTS, Combination, Combined
+from ..ir.adapter_lora import LowRank
 from ..ir.adapter_plan import Step, plan_adapter, weighted
 from ..ir.errors import NonFiniteWeight, WrongOption
 from ..ir.program import Program
@@ -24,12 +26,37 @@ from .contract import Context, Pass, contract
 class MergeAdapters(Pass):
     """Merge the folders of `adapters`: "PATH; PATH=WEIGHT", into dense weights.
 
+    combine: how several LoRA adapters of a weight become one: "add" their deltas, or a method of
+    `ir/adapter_combine.py`: linear, ties, dare_linear, dare_ties, magnitude_prune (on the factors),
+    svd, ties_svd, ... (on the deltas). density: what trimming and dropping keep. sign: elected by
+    "total" or "frequency". rank: of the methods on deltas, 0 for any.
     A quantized base is refused by the facts: merge first, then quantize.
     """
 
     adapters: str = ""
+    combine: str = "add"
+    density: float = 0.5
+    sign: str = "total"
+    rank: int = 0
+    seed: int = 0
 
     contract = contract("lossy", requires=["functional", "dense_weights"], min_sqnr=-200.0)
+
+    def __post_init__(self) -> None:
+        known = ("add", *FACTORS, *PRODUCTS)
+        for option, value, fine, expected in (
+            ("combine", self.combine, self.combine in known, " or ".join(known)),
+            ("density", self.density, 0 < self.density < 1, "more than 0 and less than 1"),
+            ("sign", self.sign, self.sign in ("total", "frequency"), "total or frequency"),
+            ("rank", self.rank, self.rank >= 0, "0 for any rank, or a rank"),
+        ):
+            if not fine:
+                raise WrongOption(
+                    f"option merge_adapters.{option} cannot be {value!r}",
+                    expected=expected,
+                    found=repr(value),
+                    fix="leave it out for the default",
+                )
 
     def run(self, program: Program, context: Context) -> None:
         wanted = self.folders()
@@ -40,16 +67,40 @@ class MergeAdapters(Pass):
                 fix="name one or more folders that PEFT's save_pretrained wrote",
             )
         steps: dict[str, list[Step]] = {}
+        factors: dict[str, list[float]] = {}
         for folder, factor in wanted:
             adapter = read_adapter(folder)
-            for step in weighted(plan_adapter(adapter, program), factor, adapter.name):
+            planned = plan_adapter(adapter, program)
+            if self.combine == "add":
+                planned = weighted(planned, factor, adapter.name)
+            for step in planned:
                 steps.setdefault(step.spot.name, []).append(step)
+                factors.setdefault(step.spot.name, []).append(factor)
+        if self.combine != "add":
+            steps = {name: [self._one(found, factors[name])] for name, found in steps.items()}
         for done, (name, changes) in enumerate(steps.items()):
             context.progress(done, len(steps), self.pass_name())
             if context.journal.offers():
                 program.weights[name] = _changed(program, name, changes)
                 kinds = ", ".join(dict.fromkeys(type(s.change).__name__ for s in changes))
                 context.journal.changed_weight(self.pass_name(), name, kinds)
+
+    def _one(self, steps: list[Step], factors: list[float]) -> Step:
+        """The branches of one weight, combined; raises WrongOption for what is no LoRA."""
+        branches = tuple(s.change for s in steps if isinstance(s.change, LowRank))
+        how = Combination(self.combine, self.density, self.sign, self.rank, self.seed)
+        made = Combined(branches, tuple(factors), how)
+        whole = len(branches) == len(steps)
+        wrong = made.misfit(steps[0].spot) if whole else "not all of its adapters are plain LoRA"
+        if wrong:
+            raise WrongOption(
+                f"the adapters of {steps[0].spot.name} cannot be combined by {self.combine}",
+                where=steps[0].module,
+                expected="LoRA branches",
+                found=wrong,
+                fix="use combine=add, or a method on deltas such as combine=ties_svd",
+            )
+        return replace(steps[0], change=made)
 
     def folders(self) -> list[tuple[str, float]]:
         """The folders and their weights; raises WrongOption for a weight that is no number."""

@@ -83,6 +83,8 @@ CASES: dict[str, tuple[str, Any]] = {
             target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
         ),
     ),
+    "pissa": ("llama", lambda: _LORA(r=4, target_modules=_LINEAR, init_lora_weights="pissa")),
+    "olora": ("llama", lambda: _LORA(r=4, target_modules=_LINEAR, init_lora_weights="olora")),
     "saved modules": (
         "llama",
         lambda: _LORA(r=4, target_modules=["q_proj"], modules_to_save=["down_proj"]),
@@ -143,6 +145,91 @@ def test_several_folders_add_up(tmp_path: Path) -> None:
         wanted = wanted + weight * (8 / 2) * b @ a
     gap = (merged.weights[name].double() - wanted).abs().max()
     assert gap <= 8 * torch.finfo(torch.float32).eps * wanted.abs().max()
+
+
+def pair(folder: Path, ranks: tuple[int, int] = (3, 3)) -> peft.PeftModel:
+    """Two saved adapters of one model."""
+    model = copy.deepcopy(captured.sample("llama", "eager").model)
+    generator = torch.Generator().manual_seed(5)
+    adapted: Any = None
+    for name, rank in zip("ab", ranks, strict=True):
+        config = _LORA(r=rank, lora_alpha=5, target_modules=["k_proj", "down_proj"])
+        if adapted is None:
+            adapted = peft.get_peft_model(model, config, adapter_name=name)
+        else:
+            adapted.add_adapter(name, config)
+    for key, parameter in adapted.named_parameters():
+        if "lora_" in key:
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+    adapted.save_pretrained(folder)
+    return adapted
+
+
+@pytest.mark.parametrize(
+    ("method", "rank"),
+    [
+        ("linear", 0),
+        ("ties", 0),
+        ("magnitude_prune", 0),
+        ("svd", 4),
+        ("ties_svd", 4),
+        ("magnitude_prune_svd", 4),
+    ],
+)
+@pytest.mark.parametrize("sign", ["total", "frequency"])
+def test_combinations_equal_those_of_peft(
+    method: str, rank: int, sign: Any, tmp_path: Path
+) -> None:
+    adapted = pair(tmp_path)
+    more = {"svd_rank": rank} if rank else {}
+    adapted.add_weighted_adapter(
+        ["a", "b"],
+        [0.7, -1.3],
+        "both",
+        combination_type=method,
+        density=0.4,
+        majority_sign_method=sign,
+        **more,
+    )
+    adapted.set_adapter("both")
+    theirs = adapted.merge_and_unload().state_dict()
+    step = MergeAdapters(
+        adapters=f"{tmp_path / 'a'}=0.7; {tmp_path / 'b'}=-1.3",
+        combine=method,
+        density=0.4,
+        sign=sign,
+        rank=rank,
+    )
+    merged = Pipeline([step]).run(captured.captured("llama", "eager"))
+    for key in ("self_attn.k_proj", "mlp.down_proj"):
+        name = f"model.layers.1.{key}.weight"
+        wide = theirs[name].double()
+        gap = (merged.weights[name].double() - wide).abs().max()
+        assert gap <= 32 * torch.finfo(torch.float32).eps * wide.abs().max()
+
+
+def test_dropping_keeps_the_mean(tmp_path: Path) -> None:
+    pair(tmp_path)
+    base = captured.captured("llama", "eager")
+    name = "model.layers.0.mlp.down_proj.weight"
+    plain, total = (torch.zeros(base.weights.shape(name), dtype=torch.float64) for _ in range(2))
+    adapters = f"{tmp_path / 'a'}; {tmp_path / 'b'}"
+    once = Pipeline([MergeAdapters(adapters=adapters)]).run(base)
+    plain = once.weights[name].double() - base.weights[name].double()
+    runs = 64
+    for seed in range(runs):
+        step = MergeAdapters(adapters=adapters, combine="dare_linear_svd", density=0.5, seed=seed)
+        total += Pipeline([step]).run(base).weights[name].double() - base.weights[name].double()
+    # each delta is doubled or dropped, so one run is off by about the delta itself
+    off = (total / runs - plain).square().mean().sqrt() / plain.square().mean().sqrt()
+    assert off < 2 / runs**0.5
+
+
+def test_factors_of_different_ranks_are_not_combined(tmp_path: Path) -> None:
+    pair(tmp_path, (3, 4))
+    step = MergeAdapters(adapters=f"{tmp_path / 'a'}; {tmp_path / 'b'}", combine="ties")
+    with pytest.raises(WrongOption, match=r"one rank, these have \[3, 4\]"):
+        Pipeline([step]).run(captured.captured("llama", "eager"))
 
 
 def refusal(folder: Path, name: str = "llama") -> PlanishError:
