@@ -121,6 +121,8 @@ class _Plan:
             self.wrong.append(f"{module}: the adapter lacks {', '.join(missing)}")
             return
         a, b = (parts[name] for name in names)
+        if a.shape[0] == b.shape[1] and self._rank_differs(module, int(a.shape[0])):
+            return
         flipped = bool(self.adapter.setting("fan_in_fan_out")) or table
         branch = LowRank(a, b, scale, flipped)
         change: Change = branch
@@ -134,6 +136,13 @@ class _Plan:
         if "lora_B.bias" in parts:
             self.add(f"{module}.bias", Added(parts["lora_B.bias"], scale), module)
 
+    def _rank_differs(self, module: str, found: int) -> bool:
+        """A configuration of another rank would give the delta another scale."""
+        rank = self.adapter.by_module("rank_pattern", "r", module)
+        if rank != found:
+            self.wrong.append(f"{module}: rank {rank} in the configuration, {found} in the tensors")
+        return rank != found
+
     def _product(
         self, kind: Callable[[Mapping[str, Tensor], float], Change], prefix: str
     ) -> Callable[[str, dict[str, Tensor]], None]:
@@ -144,10 +153,7 @@ class _Plan:
         return build
 
     def _scaled(self, module: str, parts: dict[str, Tensor]) -> None:
-        named = self.adapter.setting("feedforward_modules", [])
-        fits = [named] if isinstance(named, str) else named
-        ends = (re.fullmatch(named, module) is not None) if isinstance(named, str) else False
-        inputs = ends or any(module == m or module.endswith("." + m) for m in fits)
+        inputs = parts["ia3_l"].shape[0] == 1  # [1, in], or [out, 1]
         flipped = bool(self.adapter.setting("fan_in_fan_out"))
         self.add(f"{module}.weight", Scaled(parts["ia3_l"].flatten(), inputs, flipped), module)
         if not inputs and self.find(f"{module}.bias") is not None:
@@ -164,15 +170,14 @@ class _Plan:
         stored = {_PREFIX.sub("", name): value for name, value in self.adapter.tensors.items()}
         if "vera_A" in stored and "vera_B" in stored:
             return stored["vera_A"], stored["vera_B"]
-        sizes = [
-            self.program.weights.shape(found)
-            for name in stored
-            if name.endswith(".vera_lambda_b")
-            and (found := self.find(name.removesuffix(".vera_lambda_b") + ".weight"))
-        ]
-        turned = bool(self.adapter.setting("fan_in_fan_out"))
-        out = max(int(size[int(turned)]) for size in sizes)
-        into = max(int(size[1 - int(turned)]) for size in sizes)
+        outs: list[int] = []
+        ins: list[int] = []
+        for name, value in stored.items():
+            found = self.find(name.removesuffix(".vera_lambda_b") + ".weight")
+            if name.endswith(".vera_lambda_b") and found is not None:
+                outs.append(value.numel())
+                ins.append(self.program.weights.shape(found).numel() // value.numel())
+        out, into = max(outs, default=1), max(ins, default=1)
         key, rank = self.adapter.setting("projection_prng_key"), self.adapter.setting("r")
         return random_projections(int(key), int(rank), out, into)
 
@@ -187,17 +192,21 @@ class _Plan:
     def experts(self, module: str, nested: list[dict[str, Tensor]]) -> None:
         """target_parameters: each wrapper round a module holds the factors of one parameter.
 
-        The innermost wrapper is the first of the configuration's parameters of this module.
+        Which parameter is read from the factors' sizes.
         """
         named = [
             name.rpartition(".")[2]
             for name in self.adapter.setting("target_parameters", [])
             if f"{module}.".endswith(name.rpartition(".")[0] + ".")
         ]
+        stacks = [place for name in named if (place := self.find(f"{module}.{name}"))]
         for parts in nested:
             a, b = parts.get("lora_A.weight"), parts.get("lora_B.weight")
             if a is None or b is None:
                 self.wrong.append(f"{module}: the adapter lacks a factor of {', '.join(named)}")
+                continue
+            experts = int(self.program.weights.shape(stacks[0])[0]) if stacks else 1
+            if self._rank_differs(module, int(a.shape[0]) // experts):
                 continue
             change = ExpertLowRank(a, b, self.scale(module))
             places = [self.find(f"{module}.{name}") for name in named]
@@ -206,6 +215,10 @@ class _Plan:
                 for name, place in zip(named, places, strict=True)
                 if place is not None and change.misfit(self.spot(place)) is None
             ]
+            if len(fits) > 1:
+                told = " and ".join(fits)
+                self.wrong.append(f"{module}: its factors fit {told}, and which is not told")
+                continue
             chosen = fits[0] if fits else (named[0] if named else "weight")
             self.add(f"{module}.{chosen}", change, module)
             named = [name for name in named if name != chosen]

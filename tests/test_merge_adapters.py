@@ -256,6 +256,15 @@ def test_ranks_that_differ_are_refused(tmp_path: Path) -> None:
     assert isinstance(error, AdapterMismatch) and "ranks differ: A is [3, 48]" in str(error)
 
 
+def test_a_configuration_of_another_rank_is_refused(tmp_path: Path) -> None:
+    trained("llama", _LORA(r=4, target_modules=["q_proj"]), tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "r": 16}))
+    error = refusal(tmp_path)
+    assert isinstance(error, AdapterMismatch)
+    assert "rank 16 in the configuration, 4 in the tensors" in str(error)
+
+
 def test_a_missing_factor_is_named(tmp_path: Path) -> None:
     trained("llama", _LORA(r=4, target_modules=["q_proj"]), tmp_path)
     file = tmp_path / "adapter_model.safetensors"
