@@ -80,12 +80,16 @@ def optimize(
     "numbers" (contracts are checked on the example inputs and on two calibration batches).
     kv_cache: a decoder gets `past` and returns (result, present), see `insert_kv_cache`; what is
     then exported to onnx is a folder that `planish.Generator` reads.
-    adapters: PEFT folders, merged into the weights before anything else ("PATH=0.5" weighs one).
+    adapters: PEFT folders, merged into the weights before anything else ("PATH=0.5" weighs one);
+    in a quantized model by `merge_into_codes`.
     """
-    chosen = find_recipe(recipe).with_adapters([str(folder) for folder in adapters])
+    chosen = find_recipe(recipe)
     chosen = chosen.with_kv_cache() if kv_cache else chosen
-    steps = chosen.passes(options)
+    chosen.passes(options)  # what is wrong with them is said before the model is traced
     program = trace(model, args, kwargs, kv_cache=kv_cache)
+    dense = "dense_weights" in program.facts
+    chosen = chosen.with_adapters([str(folder) for folder in adapters], dense)
+    steps = chosen.passes(options)
     named = isinstance(calibration, (str, Path))
     origin = DecoderSource.of(model) if named else None
     batches = calibration_batches(program, calibration, origin)

@@ -64,11 +64,15 @@ class Recipe:
         description = f"{self.description}; with a KV cache"
         return Recipe(self.name, description, (*self.steps, Step("insert_kv_cache")))
 
-    def with_adapters(self, folders: Sequence[str]) -> Recipe:
-        """PEFT folders merged, and then this recipe; itself if there are none."""
+    def with_adapters(self, folders: Sequence[str], dense: bool = True) -> Recipe:
+        """PEFT folders merged, and then this recipe; itself if there are none.
+
+        dense: whether the weights are; into others an adapter is merged through their codes.
+        """
         if not folders:
             return self
-        merge = Step("merge_adapters", (("adapters", "; ".join(folders)),))
+        name = "merge_adapters" if dense else "merge_into_codes"
+        merge = Step(name, (("adapters", "; ".join(folders)),))
         return Recipe(self.name, f"adapters merged; {self.description}", (merge, *self.steps))
 
     def to_yaml(self) -> str:

@@ -8,9 +8,10 @@ Hu et al. 2022 (LoRA, sec. 4.1); the other kinds: `ir/adapter_lora.py`, `ir/adap
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import torch
+from torch import Tensor
 
 from ..ir.adapter_change import wide_dtype
 from ..ir.adapter_combine import FACTORS, PRODUCTS, Combination, Combined
@@ -78,10 +79,14 @@ class MergeAdapters(Pass):
                 factors.setdefault(step.spot.name, []).append(factor)
         if self.combine != "add":
             steps = {name: [self._one(found, factors[name])] for name, found in steps.items()}
+        self.put(program, steps, context)
+
+    def put(self, program: Program, steps: Mapping[str, list[Step]], context: Context) -> None:
+        """Change the weights; a subclass may keep some of them in other ways."""
         for done, (name, changes) in enumerate(steps.items()):
             context.progress(done, len(steps), self.pass_name())
             if context.journal.offers():
-                program.weights[name] = _changed(program, name, changes)
+                program.weights[name] = merged(program, name, changes)
                 kinds = ", ".join(dict.fromkeys(type(s.change).__name__ for s in changes))
                 context.journal.changed_weight(self.pass_name(), name, kinds)
 
@@ -123,19 +128,20 @@ class MergeAdapters(Pass):
         return found
 
 
-def _changed(program: Program, name: str, steps: list[Step]) -> torch.Tensor:
+def merged(program: Program, name: str, steps: list[Step]) -> Tensor:
+    """A weight with its changes, in its dtype; raises NonFiniteWeight."""
     kept = program.weights[name]
     base = kept.to(wide_dtype(kept.dtype))
     weight = base
     for step in steps:
         weight = step.change.apply(weight, base, step.spot)
-    merged = weight.to(kept.dtype).contiguous()
-    if not bool(merged.isfinite().all()):
+    changed = weight.to(kept.dtype).contiguous()
+    if not bool(changed.isfinite().all()):
         raise NonFiniteWeight(
             "a merged weight is not finite",
             where=name,
             expected="finite numbers",
-            found=f"{int((~merged.isfinite()).sum())} others",
+            found=f"{int((~changed.isfinite()).sum())} others",
             fix="check the adapter's tensors, or merge into a wider dtype",
         )
-    return merged
+    return changed
