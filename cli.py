@@ -95,6 +95,14 @@ def export(
         bool,
         typer.Option("--keep-codes", help="Keep a GGUF's weights in its formats, code by code."),
     ] = False,
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter",
+            metavar="DIR[=WEIGHT]",
+            help="Merge a PEFT folder into the weights first; repeatable.",
+        ),
+    ] = None,
     verify: Annotated[str, typer.Option(help="structure, facts or numbers.")] = "facts",
     calibration: Annotated[
         Path | None,
@@ -135,6 +143,7 @@ def export(
             | ({"arch": arch} if arch is not None else {}),
             kv_cache=kv_cache,
             keep_codes=keep_codes,
+            adapters=tuple(adapters or ()),
         )
         write_json(json_file, plan_export(order) if dry_run else export_model(order))
 

@@ -25,8 +25,10 @@ from .passes.quantize_weights import QuantizeWeights
 
 def plan_export(order: Order) -> dict[str, Any]:
     """Print what an export would do; capture the model, but run and write nothing."""
-    recipe, steps = check_order(order)
+    recipe, _ = check_order(order)
     program = _capture(order)
+    dense = "dense_weights" in program.facts
+    steps = recipe.with_adapters(order.adapters, dense).passes(order.options)
     calibrated = order.calibration is not None
     Pipeline(steps, verify=order.verify).check_order(program.facts, calibrated)
     sizes = expected_sizes(program, steps)
@@ -87,6 +89,7 @@ def export_model(order: Order) -> dict[str, Any]:
             calibration=batches,
             options=order.options,
             verify=order.verify,
+            adapters=order.adapters,
             progress=advance,
         )
     if order.kv_cache:

@@ -12,6 +12,7 @@ from .codegen.bundle import check_output
 from .codegen.target import find_target
 from .ir.errors import OutputNotWritable, SourceNotFound, WrongOption
 from .passes.contract import Pass
+from .passes.merge_adapters import MergeAdapters
 from .passes.pipeline import Pipeline
 from .recipes import Recipe, find_recipe
 
@@ -33,6 +34,7 @@ class Order:
     target_options: dict[str, str] = field(default_factory=dict[str, str])
     kv_cache: bool = False
     keep_codes: bool = False
+    adapters: tuple[str, ...] = ()
 
 
 def parse_settings(settings: Sequence[str], flag: str = "--set") -> dict[str, str]:
@@ -62,7 +64,8 @@ def check_order(order: Order) -> tuple[Recipe, list[Pass]]:
     target.checked_options(order.target_options)
     if order.out is not None:
         check_folder(order.out, order.force)
-    for file in (order.source, order.calibration):
+    folders = [Path(folder) for folder, _ in MergeAdapters("; ".join(order.adapters)).folders()]
+    for file in (order.source, order.calibration, *folders):
         if file is not None and not file.exists():
             raise SourceNotFound(
                 f"there is nothing at {file}", where=str(file), fix="check the path"
