@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -51,7 +52,9 @@ def capture_module(
     was_training = model.training
     model.eval()
     try:
-        with without_own_cache(model) as had_cache, named_arguments(model, args, kwargs):
+        # shapes that somebody gave go by the names that the model has
+        named = named_arguments(model, args, kwargs) if dynamic_shapes is None else nullcontext()
+        with without_own_cache(model) as had_cache, named:
             exported, notes = _export(model, args, kwargs, dynamic_shapes)
     finally:
         model.train(was_training)

@@ -316,7 +316,7 @@ def test_names_are_canonical() -> None:
     "name", ["int4-g64", "int9-g64-sym", "int4-g0-sym", "int4-g64-asym-narrow", "fp5", ""]
 )
 def test_unknown_names_are_refused(name: str) -> None:
-    with pytest.raises(UnknownFormat, match="known: binary-channel"):
+    with pytest.raises(UnknownFormat, match="known: 2:4, 4:8, binary-channel"):
         parse_format(name)
 
 
