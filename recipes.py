@@ -160,6 +160,11 @@ _BUILT_IN = (
         "8-bit weights, groups of 32, embeddings included",
         _weights(8, 32, embeddings=_TABLES),
     ),
+    Recipe(
+        "cut",
+        "heads, FFN channels or width cut out: --set cut.ffn=0.25, cut.heads=..., cut.width=...",
+        _before_fusing("cut"),
+    ),
     _low_bits(4),
     _low_bits(3),
     _low_bits(2),

@@ -235,9 +235,9 @@ class ChannelWalk:
 
     def _stop(self, node: Node, reason: str) -> None:
         for read in contents_read(node):
-            self.block(self.ids(read), reason)
+            self.channels.block(self.ids(read), reason)
 
     def _returned(self, node: Node) -> None:
         for value in self.program.results:
             if isinstance(value, fx.Node):
-                self.block(self.ids(value), f"%{value.name} is returned by the program")
+                self.channels.block(self.ids(value), f"%{value.name} is returned by the program")

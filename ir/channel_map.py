@@ -82,6 +82,12 @@ class ChannelMap:
             return None
         return _spread_roots(self._roots, held)
 
+    def parts(self, node: Node) -> list[Tensor]:
+        """The roots of a value's elements, or of each of several values; empty without channels."""
+        held = self._values.get(node)
+        held = held if isinstance(held, (tuple, list)) else [held]
+        return [_spread_roots(self._roots, part) for part in held if isinstance(part, Tensor)]
+
     def closure(self, dead: Iterable[int]) -> frozenset[int]:
         """The roots that go when these go: what they cover, and what only they kept alive."""
         return frozenset(int(root) for root in dead) - {0}
@@ -109,7 +115,8 @@ def channel_map(program: Program) -> ChannelMap:
         values[node] = value
 
     flow = Flow(program, "width", keep)
-    roots = flow.channels.solve().roots
+    classes = flow.channels.solve()
+    roots = classes.roots
     axes = {key: roots[ids.numpy()] for key, ids in flow.weight_axes.items()}
     attentions = [
         _heads(node, values, roots)
@@ -119,7 +126,7 @@ def channel_map(program: Program) -> ChannelMap:
     return ChannelMap(
         axes,
         tuple(found for found in attentions if found is not None),
-        {},
+        classes.reasons,
         dict(flow.produces),
         frozenset(flow.absorbs),
         dict(flow.offsets),

@@ -7,18 +7,23 @@ all weight entries of those channels set to 0.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from .channel_map import ChannelMap, channel_map
-from .errors import PlanishError
-from .program import Program
+from .cut_graph import CannotCut, LiteralSizes, cannot_cut, kept_sizes, set_argument
+from .edit import Editor, infer
+from .pattern import bound_arguments
+from .program import Node, Program
 
 Norms = Literal["kept", "own"]
-
-
-class CannotCut(PlanishError):
-    """These channels cannot be cut: something on their way needs them, or the rest is ragged."""
+_ATEN, _OURS = torch.ops.aten, torch.ops.planish
+_RMS = {_OURS.rms_norm.default, _ATEN.rms_norm.default}
 
 
 def cut_channels(
@@ -34,7 +39,162 @@ def cut_channels(
     their number before the cut, so that the program equals `masked`; "own" by the number that is
     left. Raises CannotCut naming the node, its module and why; the program is then as it was.
     """
-    raise NotImplementedError
+    wanted = (channels or channel_map(program)).closure(dead)
+    made = program.copy()
+    cut = _Cut(made, channel_map(made), wanted, norms)
+    cut.run()
+    program.graph, program.weights = made.graph, made.weights
+    return program
+
+
+class _Cut:
+    """One cut of one program."""
+
+    def __init__(
+        self, program: Program, channels: ChannelMap, dead: frozenset[int], norms: Norms
+    ) -> None:
+        self.program, self.channels, self.dead, self.norms = program, channels, dead, norms
+        self.editor = Editor(program)
+        self.gone = np.fromiter(dead, dtype=np.int64)
+        self.masks: dict[Node, Any] = {}
+        self.entries = channels.dead_entries(dead)
+
+    def run(self) -> None:
+        why = self.channels.why_not(self.dead)
+        if why:
+            raise CannotCut(
+                "the channels cannot be cut",
+                expected="channels that nothing outside needs",
+                found=why,
+                fix="cut other channels",
+            )
+        for node in self.program.graph.nodes:
+            self._mask(node)
+        literals = LiteralSizes(self.masks)
+        for node in list(self.program.graph.nodes):
+            if node.op == "call_function":
+                if self.norms == "kept":
+                    self._keep_statistics(node)
+                literals.change(node)
+        self._cut_weights()
+        self._infer()
+
+    def _mask(self, node: Node) -> None:
+        parts = self.channels.parts(node)
+        masks = [torch.from_numpy(~np.isin(part.numpy(), self.gone)) for part in parts]
+        if not all(bool(mask.all()) for mask in masks):
+            several = isinstance(node.meta.get("val"), (tuple, list))
+            self.masks[node] = masks if several else masks[0]
+            for mask in masks:
+                sizes = kept_sizes(mask)
+                if sizes is None:
+                    raise cannot_cut(node, "its heads or parts would keep different numbers")
+                if 0 in sizes:
+                    raise cannot_cut(node, "nothing of it would be left")
+
+    # norms
+
+    def _keep_statistics(self, node: Node) -> None:
+        if node.target not in _RMS and node.target is not _ATEN.layer_norm.default:
+            return
+        given = bound_arguments(node)
+        source: Any = given.get("x", given.get("input"))
+        mask = self.masks.get(source)
+        if not isinstance(mask, Tensor):
+            return
+        sizes = kept_sizes(mask)
+        assert sizes is not None
+        old, new = mask.shape[-1], sizes[-1]
+        if old == new:
+            return
+        if node.target in _RMS:
+            self._keep_rms(node, given, old, new)
+        elif node.target is _ATEN.layer_norm.default:
+            self._keep_layer_norm(node, given, source, old, new)
+
+    def _keep_rms(self, node: Node, given: dict[str, Any], old: int, new: int) -> None:
+        """x / sqrt(S / N + eps) = sqrt(N / N') x / sqrt(S / N' + eps N / N')."""
+        factor = math.sqrt(old / new)
+        eps = given["eps"]
+        if eps is None:
+            eps = torch.finfo(torch.float32).eps
+        weight, offset = given.get("weight"), float(given.get("offset") or 0.0)
+        set_argument(node, "eps", float(eps) * old / new)
+        if isinstance(weight, Node) and weight.op == "get_attr" and len(weight.users) == 1:
+            name = str(weight.target)
+            wide = (self.program.weights[name].double() + offset) * factor - offset
+            self.program.weights[name] = wide.to(self.program.weights.dtype(name))
+            return
+        with self.editor.graph.inserting_after(node):
+            scaled = self.editor.graph.call_function(_ATEN.mul.Tensor, (node, factor))
+        scaled.meta = dict(node.meta)
+        node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
+
+    def _keep_layer_norm(
+        self, node: Node, given: dict[str, Any], source: Node, old: int, new: int
+    ) -> None:
+        """Mean and variance over the N channels before the cut, of which N - N' are 0.
+
+        m = S / N; v = (sum (x - m)^2 + (N - N') m^2) / N.
+        """
+        graph = self.editor.graph
+        weight, bias = given["weight"], given["bias"]
+
+        def call(target: Any, *args: Any) -> Node:
+            made = graph.call_function(target, args)
+            made.meta = {"module": node.meta.get("module", "")}
+            return made
+
+        with graph.inserting_before(node):
+            total = call(_ATEN.sum.dim_IntList, source, [-1], True)
+            mean = call(_ATEN.mul.Tensor, total, 1 / old)
+            apart = call(_ATEN.sub.Tensor, source, mean)
+            power = call(_ATEN.sum.dim_IntList, call(_ATEN.mul.Tensor, apart, apart), [-1], True)
+            missing = call(_ATEN.mul.Tensor, call(_ATEN.mul.Tensor, mean, mean), float(old - new))
+            spread = call(_ATEN.mul.Tensor, call(_ATEN.add.Tensor, power, missing), 1 / old)
+            root = call(_ATEN.rsqrt.default, call(_ATEN.add.Tensor, spread, given["eps"]))
+            made = call(_ATEN.mul.Tensor, apart, root)
+            made = made if weight is None else call(_ATEN.mul.Tensor, made, weight)
+            made = made if bias is None else call(_ATEN.add.Tensor, made, bias)
+        node.replace_all_uses_with(made)
+        self.masks[made] = self.masks[node]
+        graph.erase_node(node)
+
+    # weights and metadata
+
+    def _cut_weights(self) -> None:
+        weights = self.program.weights
+        for name, axes in self.entries.items():
+            value = weights[name]
+            for axis, gone in axes.items():
+                if bool(gone.all()):
+                    raise CannotCut(f"nothing of {name} would be left", where=name)
+                value = value.index_select(axis, (~gone).nonzero().flatten())
+            weights[name] = value.contiguous()
+
+    def _infer(self) -> None:
+        for node in self.program.graph.nodes:
+            if node.op == "get_attr" and str(node.target) in self.program.weights:
+                name = str(node.target)
+                with self.editor.mode:
+                    shape, dtype = self.program.weights.shape(name), node.meta["val"].dtype
+                    node.meta["val"] = torch.empty(shape, dtype=dtype)
+            elif node.op == "call_function":
+                try:
+                    node.meta["val"] = infer(node, self.editor.mode)
+                except Exception as error:  # whatever an operation says to sizes that do not meet
+                    told = str(error).strip().splitlines()
+                    raise cannot_cut(node, told[0] if told else repr(error)) from error
+                self._check(node)
+
+    def _check(self, node: Node) -> None:
+        mask = self.masks.get(node)
+        if isinstance(mask, Tensor):
+            sizes = kept_sizes(mask)
+            assert sizes is not None
+            for axis, (now, wanted) in enumerate(zip(node.meta["val"].shape, sizes, strict=True)):
+                if mask.shape[axis] != wanted and (not isinstance(now, int) or now != wanted):
+                    raise cannot_cut(node, f"axis {axis} is {now}, but {wanted} channels are kept")
 
 
 def masked(program: Program, channels: ChannelMap, dead: Iterable[int]) -> Program:

@@ -248,6 +248,9 @@ def _restored(
         node.op == "get_attr" and node.target not in before.weights for node in after.graph.nodes
     ):
         return None
+    common = [name for name in before.weights if name in after.weights]
+    if any(before.weights.shape(name) != after.weights.shape(name) for name in common):
+        return None  # a cut weight cannot be put back; the pass compares with its own twin
     back = after.copy()
     for name in changed:
         back.weights[name] = before.weights.entry(name)
