@@ -32,7 +32,9 @@ def adapter(folder: Path, size: float, name: str = "llama") -> str:
 
 
 def coded(fmt: str):
-    return Pipeline([QuantizeWeights(format=fmt, remainder="short")]).run(captured.captured("llama", "eager"))
+    return Pipeline([QuantizeWeights(format=fmt, remainder="short")]).run(
+        captured.captured("llama", "eager")
+    )
 
 
 @pytest.mark.parametrize("fmt", ["int8-channel-sym", "int4-g16-sym", "int4-g20-asym", "nf4"])
