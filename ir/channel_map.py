@@ -5,9 +5,8 @@ Axis flow (`axes`) gives every element of every value its channel. Here the walk
 attention, and why some classes must stay. A root is a number that means nothing by itself; the
 sets of roots that people cut are found by looking at weight axes and heads.
 
-Some channels cover others: a norm's weight of one entry per head channel is read by all heads, a
-key head by several query heads. The one that is shared dies exactly when all that read it are
-dead; `ChannelMap.closure` says what a wish comes to.
+Channels that several others share are one with them: the query heads of a key head go together, and
+so do all heads under a norm whose weight has one entry per head channel.
 """
 
 from __future__ import annotations
@@ -37,10 +36,9 @@ Key = tuple[str, int]
 class AttentionHeads:
     """The channels of one attention, as roots (0: an element without a channel).
 
-    query [heads, d], key [kv heads, d], value [kv heads, dv], out [heads, dv]: each query head's
-    own channels, which key and value heads cover (they go when all their query heads go).
-    head [heads]: the class of the head itself (its scores, its row of a mask or bias table, its
-    sink, its slope); it dies when all channels of its queries or of its results die.
+    query [heads, d], key [kv heads, d], value [kv heads, dv], out [heads, dv]. head [heads]: always
+    0; what a head has besides (a row of a bias table, a sink, a slope) is not followed, and a cut
+    that would need it is refused.
     """
 
     node: Node
@@ -89,7 +87,7 @@ class ChannelMap:
         return [_spread_roots(self._roots, part) for part in held if isinstance(part, Tensor)]
 
     def closure(self, dead: Iterable[int]) -> frozenset[int]:
-        """The roots that go when these go: what they cover, and what only they kept alive."""
+        """The roots that go when these go: themselves, without 0."""
         return frozenset(int(root) for root in dead) - {0}
 
     def dead_entries(self, dead: Iterable[int]) -> dict[str, dict[int, Tensor]]:
