@@ -84,8 +84,10 @@ def _factor(square: Tensor, damp: float) -> tuple[Tensor, float]:
     """The Cholesky factor with `damp` of the diagonal added, tenfold until there is one.
 
     Inputs are first brought to one size: an outlier's square would drown the others. An input that
-    is always zero gets a one, so its column stays as it was.
+    is always zero gets a one, so its column stays as it was. The least damping outweighs the
+    rounding of float32 moments: inputs that say the same would otherwise share by chance.
     """
+    damp = max(damp, len(square) * torch.finfo(torch.float32).eps)
     diagonal = square.diagonal().clamp_min(0).clone()
     size = torch.where(diagonal > 0, diagonal.sqrt(), 1.0)
     even = square / size[:, None] / size
@@ -96,7 +98,7 @@ def _factor(square: Tensor, damp: float) -> tuple[Tensor, float]:
         factor, failed = torch.linalg.cholesky_ex(tried)
         if not int(failed):
             return factor * size[:, None], damp
-        damp = max(damp * 10, 1e-8)
+        damp *= 10
 
 
 __all__ = ["PairedMoments", "Solved"]

@@ -56,8 +56,11 @@ def context(program: Program, given: list[list[Tensor]], skip: tuple[int, ...] =
 
 def change(program: Program, other: Program, given: list[list[Tensor]]) -> float:
     """How far the outputs of two programs are apart, squared, summed, in float64."""
-    pairs = [(run(p, flat, float64=True)[0] for p in (program, other)) for flat in given]
-    return sum(float((a - b).square().sum()) for a, b in pairs)
+    total = 0.0
+    for flat in given:
+        ours, theirs = (run(p, flat, float64=True)[0] for p in (program, other))
+        total += float((ours - theirs).square().sum())
+    return total
 
 
 def cut_alone(program: Program, name: str, axis: int, mask: Tensor) -> Program:
