@@ -111,10 +111,10 @@ def explain(model: Model | Optimized, args: tuple[Any, ...] = (), **kwargs: Any)
 
 def model_config(model: torch.nn.Module) -> dict[str, str]:
     """What a module of transformers tells of its shape, as text: for writing it as a folder."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_json_string") or not hasattr(config, "model_type"):
         return {}
-    settings = json.loads(config.to_json_string(use_diff=False))  # type: ignore[union-attr]
+    settings = json.loads(config.to_json_string(use_diff=False))
     settings["architectures"] = [type(model).__name__]
     return {"model_config": json.dumps(settings)}
 

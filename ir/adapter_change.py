@@ -27,13 +27,7 @@ class Spot:
 
 
 class Change(ABC):
-    """A change of one weight. `weight` of the user scales it, where it is a sum."""
-
-    linear: bool = True
-    """Whether it adds a delta that does not depend on the weight."""
-
-    whole: bool = False
-    """Whether the weight's rows or columns are scaled, so that no other reader may see it."""
+    """A change of one weight."""
 
     @abstractmethod
     def misfit(self, spot: Spot) -> str | None:
@@ -45,7 +39,7 @@ class Change(ABC):
 
 
 class Delta(Change):
-    """A change that adds a delta."""
+    """A change that adds a delta, which does not depend on the weight."""
 
     @abstractmethod
     def delta(self, spot: Spot, dtype: torch.dtype) -> Tensor:
@@ -60,7 +54,6 @@ class Replace(Change):
     """The adapter holds the whole weight: modules_to_save, trained biases, tuned norms."""
 
     value: Tensor
-    linear = False
 
     def misfit(self, spot: Spot) -> str | None:
         return unlike(spot, self.value.shape)
@@ -75,7 +68,6 @@ class ReplaceRows(Change):
 
     rows: tuple[int, ...]
     value: Tensor
-    linear = False
 
     def misfit(self, spot: Spot) -> str | None:
         if len(spot.shape) != 2 or tuple(self.value.shape) != (len(self.rows), spot.shape[1]):

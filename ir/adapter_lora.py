@@ -102,8 +102,6 @@ class Dora(Change):
 
     branch: LowRank
     magnitude: Tensor
-    linear = False
-    whole = True
 
     def misfit(self, spot: Spot) -> str | None:
         wrong = self.branch.misfit(spot)
@@ -132,7 +130,6 @@ class Subtracted(Change):
 
     branch: LowRank
     init: str
-    linear = False
 
     def misfit(self, spot: Spot) -> str | None:
         if len(spot.shape) != 2 or spot.table:

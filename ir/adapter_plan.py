@@ -6,11 +6,11 @@ weights by name, where the program may lack a prefix that the adapter has, or th
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from .adapter_change import Added, Change, Delta, Replace, ReplaceRows, Spot
@@ -75,19 +75,16 @@ class _Plan:
             self.wrong.append(f"{module}: the base has no weight {name}")
             return
         spot = self.spot(found)
-        reason = change.misfit(spot) or self._shared(found, spot, change)
+        reason = change.misfit(spot) or self._shared(found, spot)
         if reason:
             self.wrong.append(f"{module}: {reason} ({spot.name})")
         else:
             self.steps.append(Step(spot, change, module))
 
-    def _shared(self, name: str, spot: Spot, change: Change) -> str | None:
-        """A weight that other modules read too would change for them as well."""
-        role = self.roles.get(spot.name)
+    def _shared(self, name: str, spot: Spot) -> str | None:
+        """A weight that has another name too would change there as well."""
         others = [n for n in self.program.weights.names_of(spot.name) if n != name]
-        if others and role is not None and role.tables and role.matmuls:
-            return f"its weight is tied to {others[0]}, which would change with it"
-        return None
+        return f"its weight is tied to {others[0]}, which would change with it" if others else None
 
     # what modules hold
 
@@ -105,15 +102,8 @@ class _Plan:
         else:
             made[first.partition("_")[0]](module, parts)
 
-    def scale(self, module: str) -> float:
-        """alpha / r, or alpha / sqrt(r) for rsLoRA, by the module's own numbers."""
-        rank = self.adapter.by_module("rank_pattern", "r", module)
-        alpha_name = "lora_alpha" if self.adapter.kind == "LORA" else "alpha"
-        alpha = self.adapter.by_module("alpha_pattern", alpha_name, module)
-        return alpha / (math.sqrt(rank) if self.adapter.setting("use_rslora") else rank)
-
     def _lora(self, module: str, parts: dict[str, Tensor]) -> None:
-        scale = self.scale(module)
+        scale = self.adapter.scale(module)
         table = "lora_embedding_A" in parts or "lora_embedding_B" in parts
         names = [f"lora_embedding_{x}" if table else f"lora_{x}.weight" for x in "AB"]
         missing = [name for name in names if name not in parts]
@@ -138,7 +128,7 @@ class _Plan:
 
     def _rank_differs(self, module: str, found: int) -> bool:
         """A configuration of another rank would give the delta another scale."""
-        rank = self.adapter.by_module("rank_pattern", "r", module)
+        rank = self.adapter.rank(module)
         if rank != found:
             self.wrong.append(f"{module}: rank {rank} in the configuration, {found} in the tensors")
         return rank != found
@@ -148,7 +138,7 @@ class _Plan:
     ) -> Callable[[str, dict[str, Tensor]], None]:
         def build(module: str, parts: dict[str, Tensor]) -> None:
             stripped = {name.removeprefix(prefix): value for name, value in parts.items()}
-            self.add(f"{module}.weight", kind(stripped, self.scale(module)), module)
+            self.add(f"{module}.weight", kind(stripped, self.adapter.scale(module)), module)
 
         return build
 
@@ -208,7 +198,7 @@ class _Plan:
             experts = int(self.program.weights.shape(stacks[0])[0]) if stacks else 1
             if self._rank_differs(module, int(a.shape[0]) // experts):
                 continue
-            change = ExpertLowRank(a, b, self.scale(module))
+            change = ExpertLowRank(a, b, self.adapter.scale(module))
             places = [self.find(f"{module}.{name}") for name in named]
             fits = [
                 name
@@ -255,6 +245,7 @@ def weighted(steps: Sequence[Step], factor: float, name: str) -> list[Step]:
     """The same changes, scaled; raises WrongOption for those that are no sums."""
     if factor == 1:
         return list(steps)
+    found: list[Step] = []
     for step in steps:
         if not isinstance(step.change, Delta):
             raise WrongOption(
@@ -264,20 +255,20 @@ def weighted(steps: Sequence[Step], factor: float, name: str) -> list[Step]:
                 found=f"{type(step.change).__name__.lower()}, which replaces or scales them",
                 fix="merge it with a weight of 1",
             )
-    return [replace(step, change=_Weighted(step.change, factor)) for step in steps]
+        found.append(replace(step, change=_Weighted(step.change, factor)))
+    return found
 
 
 @dataclass(frozen=True)
 class _Weighted(Delta):
-    change: Change
+    change: Delta
     factor: float
 
     def misfit(self, spot: Spot) -> str | None:
         return self.change.misfit(spot)
 
-    def delta(self, spot: Spot, dtype: object) -> Tensor:  # type: ignore[override]
-        assert isinstance(self.change, Delta)
-        return self.change.delta(spot, dtype) * self.factor  # type: ignore[arg-type]
+    def delta(self, spot: Spot, dtype: torch.dtype) -> Tensor:
+        return self.change.delta(spot, dtype) * self.factor
 
 
 def _refuse(adapter: Adapter, wrong: list[str]) -> None:

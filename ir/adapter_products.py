@@ -141,8 +141,6 @@ class Scaled(Change):
     vector: Tensor
     inputs: bool
     flipped: bool = False
-    linear = False
-    whole = True
 
     def _axis(self, spot: Spot) -> int:
         if len(spot.shape) == 1:

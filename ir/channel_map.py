@@ -36,9 +36,9 @@ Key = tuple[str, int]
 class AttentionHeads:
     """The channels of one attention, as roots (0: an element without a channel).
 
-    query [heads, d], key [kv heads, d], value [kv heads, dv], out [heads, dv]. head [heads]: always
-    0; what a head has besides (a row of a bias table, a sink, a slope) is not followed, and a cut
-    that would need it is refused.
+    query [heads, d], key [kv heads, d], value [kv heads, dv], out [heads, dv]. What a head has
+    besides (a row of a bias table, a sink, a slope) is not followed; a cut that needs it is
+    refused.
     """
 
     node: Node
@@ -46,7 +46,6 @@ class AttentionHeads:
     key: Numbers
     value: Numbers
     out: Numbers
-    head: Numbers
 
     @property
     def groups(self) -> int:
@@ -140,7 +139,7 @@ def _heads(node: Node, values: Mapping[Node, Any], roots: Numbers) -> AttentionH
     if not all(isinstance(part, Tensor) and part.dim() == 4 for part in parts):
         return None
     rows = [roots[part[0, :, 0].numpy()] for part in parts if isinstance(part, Tensor)]
-    return AttentionHeads(node, *rows, head=np.zeros(len(rows[0]), dtype=np.int64))
+    return AttentionHeads(node, *rows)
 
 
 def _spread_roots(roots: Numbers, ids: Tensor) -> Tensor:

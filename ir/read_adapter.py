@@ -1,11 +1,11 @@
-"""An adapter as PEFT saves it: adapter_config.json and adapter_model.safetensors, checked.
+"""An adapter as PEFT saves it, checked: its kind, its settings, its tensors.
 
 Only what the folder says is read here; what its tensors do to which weight is in `adapter_plan`.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,11 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
-from .errors import CorruptFile, MissingTensor, PickleRefused, PlanishError, SourceNotFound
-from .read_safetensors import PICKLE_SUFFIXES, read_safetensors
+from .adapter_folder import read_adapter_config, read_adapter_tensors
+from .errors import MissingTensor, PlanishError
 
 KINDS = ("LORA", "LOHA", "LOKR", "IA3", "VERA", "LN_TUNING", "TRAINABLE_TOKENS", "BITFIT")
-_TENSORS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Settings under which the tensors of a LORA folder mean something else than W + s B A.
 _VARIANTS = {
     "arrow_config": "tokens choose among adapters (Arrow)",
@@ -70,11 +69,21 @@ class Adapter:
                 return value
         return self.setting(default)
 
+    def rank(self, module: str) -> int:
+        return int(self.by_module("rank_pattern", "r", module))
+
+    def scale(self, module: str) -> float:
+        """alpha / r, or alpha / sqrt(r) (Kalajdzievski 2023, eq. 3), by the module's numbers."""
+        rank = self.rank(module)
+        name = "lora_alpha" if self.kind == "LORA" else "alpha"
+        alpha = float(self.by_module("alpha_pattern", name, module))
+        return alpha / (math.sqrt(rank) if self.setting("use_rslora") else rank)
+
 
 def read_adapter(folder: str | Path) -> Adapter:
     """Raises SourceNotFound, CorruptFile, PickleRefused, MissingTensor, UnsupportedAdapter."""
     folder = Path(folder)
-    config = _read_config(folder)
+    config = read_adapter_config(folder)
     kind = str(config.get("peft_type"))
     if kind not in KINDS:
         raise UnsupportedAdapter(
@@ -86,42 +95,10 @@ def read_adapter(folder: str | Path) -> Adapter:
         )
     if kind == "LORA":
         _refuse_variants(folder, config)
-    tensors = _read_tensors(folder)
+    tensors = read_adapter_tensors(folder)
     if not tensors:
         raise MissingTensor(f"the adapter {folder.name} holds no tensors", where=str(folder))
     return Adapter(folder.name, kind, config, tensors)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / _CONFIG
-    if not path.is_file():
-        raise SourceNotFound(
-            f"there is no adapter in {folder}",
-            expected=f"a folder with {_CONFIG} and {_TENSORS}",
-            fix="give the folder that PEFT's save_pretrained wrote",
-        )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CorruptFile(f"{_CONFIG} is not JSON", where=str(path), found=str(error)) from error
-    if not isinstance(config, dict):
-        raise CorruptFile(f"{_CONFIG} is no JSON object", where=str(path))
-    return config  # pyright: ignore[reportUnknownVariableType]
-
-
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    if (folder / _TENSORS).is_file():
-        return read_safetensors(folder / _TENSORS)
-    pickles = sorted(f.name for f in folder.iterdir() if f.suffix.lower() in PICKLE_SUFFIXES)
-    if pickles:
-        raise PickleRefused(
-            f"the adapter {folder.name} is stored as a pickle, and planish loads nothing by pickle",
-            where=str(folder / pickles[0]),
-            expected=_TENSORS,
-            found=f"{pickles[0]}: reading it would run the code that it holds",
-            fix="if you trust it, load it with PEFT and save it with save_pretrained",
-        )
-    raise SourceNotFound(f"the adapter in {folder} has no tensors", expected=_TENSORS)
 
 
 def _refuse_variants(folder: Path, config: Mapping[str, Any]) -> None:

@@ -5,9 +5,6 @@ Only what stays low-rank at run time: a variant that changes the whole weight is
 
 from __future__ import annotations
 
-import json
-import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import PickleRefused, PlanishError, SourceNotFound
-from .read_safetensors import read_safetensors
+from .adapter_folder import read_adapter_config, read_adapter_tensors
+from .errors import PlanishError
+from .read_adapter import Adapter
 
 _TENSORS = "adapter_model.safetensors"
 _BASE = ".base_layer.weight"  # PEFT saves embeddings and heads beside their adapters
@@ -57,24 +55,10 @@ def read_lora(folder: str | Path, base: Mapping[str, Tensor]) -> dict[str, LoraF
     Raises SourceNotFound, PickleRefused and CannotServe.
     """
     folder = Path(folder)
-    if not (folder / "adapter_config.json").is_file():
-        raise SourceNotFound(
-            f"there is no adapter in {folder}",
-            expected="a folder with adapter_config.json and adapter_model.safetensors",
-            fix="give the folder that PEFT's save_pretrained wrote",
-        )
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_adapter_config(folder)
     _refuse_variants(folder.name, config)
-    if not (folder / _TENSORS).is_file():
-        if (folder / "adapter_model.bin").is_file():
-            raise PickleRefused(
-                f"the adapter in {folder.name} is a pickle, which could run any code",
-                expected=_TENSORS,
-                found="adapter_model.bin",
-                fix="save it again with safe_serialization=True",
-            )
-        raise SourceNotFound(f"the adapter in {folder} has no tensors", expected=_TENSORS)
-    return _factors(folder.name, config, read_safetensors(folder / _TENSORS), base)
+    adapter = Adapter(folder.name, "LORA", config, read_adapter_tensors(folder))
+    return _factors(adapter, base)
 
 
 def _refuse_variants(name: str, config: Mapping[str, Any]) -> None:
@@ -97,12 +81,8 @@ def _refuse_variants(name: str, config: Mapping[str, Any]) -> None:
         )
 
 
-def _factors(
-    name: str,
-    config: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    base: Mapping[str, Tensor],
-) -> dict[str, LoraFactors]:
+def _factors(adapter: Adapter, base: Mapping[str, Tensor]) -> dict[str, LoraFactors]:
+    tensors = adapter.tensors
     found: dict[str, LoraFactors] = {}
     wrong: list[str] = []
     known = {f"{kind}.weight" for kind in ("lora_A", "lora_B")}
@@ -120,23 +100,15 @@ def _factors(
             if b is None or a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
                 shape = None if b is None else list(b.shape)
                 wrong.append(f"{module}: lora_A is {list(a.shape)}, lora_B {shape}")
+            elif a.shape[0] != adapter.rank(module):
+                rank = adapter.rank(module)
+                wrong.append(f"{module}: rank {rank} in the configuration, {a.shape[0]} in lora_A")
             else:
-                found[module] = LoraFactors(a, b, _scale(config, module, int(a.shape[0])))
+                found[module] = LoraFactors(a, b, adapter.scale(module))
     if wrong or not found:
         raise CannotServe(
-            f"the adapter {name} does not hold pairs of factors",
+            f"the adapter {adapter.name} does not hold pairs of factors",
             expected="MODULE.lora_A.weight [rank, in] with MODULE.lora_B.weight [out, rank]",
             found="; ".join(wrong[:10]) or "no tensor of that name",
         )
     return found
-
-
-def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """alpha / rank, or alpha / sqrt(rank) (Kalajdzievski 2023, "rsLoRA", eq. 3)."""
-    patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
-    alpha = float(config.get("lora_alpha", rank))
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = float(value)
-            break
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank

@@ -7,18 +7,16 @@ Of a prefix, width is layers x 2 x kv_heads x head: for each layer its keys, the
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from .errors import PickleRefused, PlanishError, SourceNotFound
-from .read_safetensors import read_safetensors
+from .adapter_folder import read_adapter_config, read_adapter_tensors
+from .errors import PlanishError
 
 PREFIX = "PREFIX_TUNING"
 PROMPTS = ("PROMPT_TUNING", "P_TUNING")
-_TENSORS = "adapter_model.safetensors"
 _NAME = "prompt_embeddings"
 
 
@@ -41,14 +39,7 @@ class VirtualTokens:
 def read_virtual_tokens(folder: str | Path, kinds: tuple[str, ...]) -> VirtualTokens:
     """Raises SourceNotFound, PickleRefused and NotVirtualTokens."""
     folder = Path(folder)
-    config = folder / "adapter_config.json"
-    if not config.is_file():
-        raise SourceNotFound(
-            f"there is no adapter in {folder}",
-            expected="a folder with adapter_config.json and adapter_model.safetensors",
-            fix="give the folder that PEFT's save_pretrained wrote",
-        )
-    told = json.loads(config.read_text(encoding="utf-8"))
+    told = read_adapter_config(folder)
     kind = str(told.get("peft_type", "none"))
     if kind not in kinds:
         raise NotVirtualTokens(
@@ -57,17 +48,7 @@ def read_virtual_tokens(folder: str | Path, kinds: tuple[str, ...]) -> VirtualTo
             found=kind,
             fix="fold_prefix takes prefixes, fold_prompts prompts, merge_adapters weights",
         )
-    if not (folder / _TENSORS).is_file():
-        pickled = sorted(path.name for path in folder.glob("adapter_model.bin"))
-        if pickled:
-            raise PickleRefused(
-                f"the adapter in {folder.name} is a pickle, which could run any code",
-                expected=_TENSORS,
-                found=pickled[0],
-                fix="save it again with safe_serialization=True",
-            )
-        raise SourceNotFound(f"the adapter in {folder} has no tensors", expected=_TENSORS)
-    values = read_safetensors(folder / _TENSORS).get(_NAME)
+    values = read_adapter_tensors(folder).get(_NAME)
     if values is None or values.dim() != 2:
         raise NotVirtualTokens(
             f"the adapter in {folder.name} has no virtual tokens",

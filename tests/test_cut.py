@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
 
 import planish
 import pytest
 import torch
 import zoo
 from captured import captured
+from planish.codegen.run_onnx import OnnxModel
 from planish.ir.channel_map import ChannelMap, channel_map
 from planish.ir.cut_channels import CannotCut, cut_channels, masked
 from planish.ir.errors import WrongOption, WrongOrder
@@ -16,6 +17,7 @@ from planish.ir.find_units import find_units
 from planish.ir.interpret import run
 from planish.ir.program import Program
 from planish.ir.prunable_units import Kind, Unit
+from planish.ir.read_hf_folder import read_hf_folder
 from planish.passes.cut import Cut
 from planish.passes.pipeline import Pipeline
 from planish.recipes import pipeline
@@ -86,45 +88,44 @@ def test_units_are_those_that_hands_count(name: str) -> None:
         assert sizes(find_units(program, channels, [kind])) == wanted, kind
 
 
-def check(program: Program, channels: ChannelMap, dead: set[int]) -> Program:
-    twin = masked(program, channels, dead)
-    made = cut_channels(program.copy(), dead, channels=channels)
-    assert made.parameter_count() < program.parameter_count()
-    # rounding: float64 sums of a few hundred terms through two layers, and weights of float32
-    # in norms that lost channels
-    norms = gap(twin, made, program)
-    limit = 1e-12 if same_norms(program, made) else 64 * torch.finfo(torch.float32).eps
-    assert norms <= limit
-    return made
+def check(program: Program, channels: ChannelMap, dead: set[int]) -> None:
+    """Weights in float64: then sums of at most some hundred terms, through two layers, round to a
+    few thousand units of the last place, and a wrong channel shows in the first digits."""
+    wide = doubled(program)
+    twin = masked(wide, channels, dead)
+    made = cut_channels(wide.copy(), dead, channels=channels)
+    assert made.parameter_count() < wide.parameter_count()
+    limit = 4096 * torch.finfo(torch.float64).eps
+    assert gap(twin, made, program) <= limit
+    assert gap(program, made, program) > 1e-3  # what went mattered
+    zeroed = cut_channels(twin.copy(), dead, channels=channels)
+    assert gap(twin, zeroed, program) <= limit
 
 
-def same_norms(before: Program, after: Program) -> bool:
-    """Whether no norm's statistics changed: then no weight was rounded again."""
-    target = torch.ops.planish.rms_norm.default
-
-    def all_eps(program: Program) -> list[Any]:
-        return [node.args for node in program.graph.nodes if node.target is target]
-
-    return [str(a[2:]) for a in all_eps(before)] == [str(a[2:]) for a in all_eps(after)]
-
-
-@pytest.mark.parametrize("name", zoo.ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [(n, a) for n, form in zoo.ARCHITECTURES.items() for a in form.attentions],
+)
 @pytest.mark.parametrize("kind", ["ffn", "heads", "width"])
-def test_a_cut_equals_the_masked_program_or_is_refused(name: str, kind: Kind) -> None:
-    program = raised(name)
+def test_a_cut_equals_the_masked_program_or_is_refused(
+    name: str, attention: zoo.Attention, kind: Kind
+) -> None:
+    program = pipeline("raise").run(captured(name, attention))
     channels = channel_map(program)
     dead = every_third(find_units(program, channels, [kind]))
-    if not dead:
-        pytest.skip(f"{name} has no {kind} that may be cut alone")
-    try:
+    assert bool(dead) == ((name, kind) not in NONE)
+    if (name, kind) in REFUSED:
+        with pytest.raises(CannotCut, match="forbids the cut"):
+            cut_channels(program.copy(), dead, channels=channels)
+    elif dead:
         check(program, channels, dead)
-    except CannotCut as error:
-        assert (name, kind) in REFUSED, str(error)
-    else:
-        assert (name, kind) not in REFUSED
 
 
 # what is not followed yet: refused with a sentence, never cut wrongly
+NONE = {
+    *((name, "heads") for name in ("gemma", "cohere", "deepseek_v3", "mamba")),
+    *((name, "width") for name in ("bert", "distilbert", "vit", "t5", "bart")),
+}
 REFUSED: set[tuple[str, str]] = {
     ("bloom", "heads"),  # one slope for each head, from the sizes
     ("gpt_oss", "heads"),  # a sink for each head
@@ -148,10 +149,42 @@ def test_the_example_of_the_recipe() -> None:
     shapes = {name: tuple(made.program.weights.shape(name)) for name in made.program.weights}
     assert shapes["model.layers.1.mlp.down_proj.weight"] == (48, 60)
     assert shapes["model.layers.1.self_attn.o_proj.weight"] == (48, 30)
+    flat = made.program.flatten_inputs((), sample.other_inputs(3, 13))
+    wide = run(made.program, flat, float64=True)[0]
+    own = (run(made.program, flat)[0] - wide).norm()
     with torch.no_grad():
-        wanted = made.program(**sample.other_inputs(3, 13))["logits"]
-        found = made(**sample.other_inputs(3, 13))["logits"]
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        assert (made(**sample.other_inputs(3, 13))["logits"] - wide).norm() <= 8 * own
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
+def test_targets_take_what_was_cut(name: str, tmp_path: Path) -> None:
+    sample = zoo.build(name, "sdpa")
+    # gpt2's and phi3's classes divide their width by the heads, so a folder cannot say another one
+    options = {"cut.ffn": 0.25} | ({"cut.width": 0.25} if name == "llama" else {})
+    made = planish.optimize(sample.model, sample.args, sample.kwargs, recipe="cut", options=options)
+    flat = made.program.flatten_inputs((), sample.other_inputs(3, 13))
+    wide = run(made.program, flat, float64=True)[0]
+    own = (run(made.program, flat)[0] - wide).norm()
+    model = OnnxModel(made.export(tmp_path / "onnx"))
+    assert (model(**sample.other_inputs(3, 13))["logits"] - wide).norm() <= 8 * own
+    loaded = read_hf_folder(made.export(tmp_path / "folder", target="huggingface"))
+    count = sum(p.numel() for p in {id(p): p for p in loaded.parameters()}.values())
+    assert count < sum(p.numel() for p in {id(p): p for p in sample.model.parameters()}.values())
+    with torch.no_grad():
+        theirs = loaded(**sample.other_inputs(3, 13))[0]
+    seen = sample.other_inputs(3, 13)["attention_mask"].bool()
+    assert (theirs - wide)[seen].norm() <= 8 * own
+
+
+def test_a_cut_of_nothing_is_refused() -> None:
+    with pytest.raises(WrongOption, match="not told what to cut"):
+        Pipeline([Cut()]).run(raised("llama"))
+
+
+def test_a_share_that_is_less_than_one_unit_says_so() -> None:
+    made = Pipeline([Cut(heads=0.1)]).run(raised("llama"))
+    told = [declined.reason for declined in made.history.records[-1].declined]
+    assert len(told) == 2 and "0.1 of 2 heads of" in told[0]
 
 
 def test_text_before_and_after() -> None:

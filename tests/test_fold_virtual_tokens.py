@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import zoo
@@ -26,7 +27,6 @@ from planish.recipes import pipeline
 from safetensors.torch import save_file
 from torch import Tensor
 
-peft: Any = pytest.importorskip("peft")
 TOKENS, LENGTH = 4, 11
 CAUSAL = {"task_type": "CAUSAL_LM", "num_virtual_tokens": TOKENS}
 KINDS: dict[str, Callable[[], Any]] = {

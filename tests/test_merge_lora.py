@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import build
+import peft
 import pytest
 import torch
 import zoo
@@ -25,7 +26,6 @@ from planish.passes.pipeline import Pipeline
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-peft: Any = pytest.importorskip("peft")
 RANDOM = {"init_lora_weights": False, "r": 3}
 
 
@@ -421,7 +421,9 @@ def test_parts_of_a_packed_product_take_their_adapters() -> None:
         wide = model.qkv.weight.double().clone()
         wide[:7] += 2 * model.b.weight.double() @ model.a.weight.double()
         wide[11:] -= model.d.weight.double() @ model.c.weight.double()
-    torch.testing.assert_close(after.weights["qkv.weight"], wide.float(), rtol=2e-7, atol=2e-7)
+    # summed in float64 and rounded once: at most half a unit of the last place
+    gap = (after.weights["qkv.weight"].double() - wide).abs()
+    assert bool((gap <= 0.51 * torch.finfo(torch.float32).eps * wide.abs()).all())
     assert list(after.weights) == ["qkv.weight", "qkv.bias"]
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import build
+import onnxruntime as ort
+import peft
 import planish.ir.adapter_op
 import pytest
 import torch
@@ -22,6 +24,7 @@ from planish.ir.pattern import op
 from planish.ir.program import Program
 from planish.ir.read_lora import CannotServe
 from planish.ir.text import program_text
+from planish.ir.yardstick import WIDE_LIMIT
 from planish.passes.insert_kv_cache import InsertKvCache, empty_past
 from planish.passes.pipeline import Pipeline
 from planish.passes.serve_adapters import ServeAdapters
@@ -30,7 +33,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 assert planish.ir.adapter_op
-peft: Any = pytest.importorskip("peft")
 ADAPTERS = torch.ops.planish.adapters
 
 
@@ -104,7 +106,6 @@ def test_it_is_called_by_keyword_and_compiles(tmp_path: Path) -> None:
 
 
 def test_onnx_runs_it(tmp_path: Path) -> None:
-    ort: Any = pytest.importorskip("onnxruntime")
     from planish.codegen.target import export_program
 
     saved("bert", tmp_path)
@@ -137,7 +138,7 @@ def test_with_a_cache(tmp_path: Path) -> None:
         rows.append(result[0])
         past = result[1:]
     seen = mask.bool()
-    assert (torch.cat(rows, 1) - wanted)[seen].abs().max() <= 1e-7 * wanted[seen].abs().max()
+    assert (torch.cat(rows, 1) - wanted)[seen].abs().max() <= WIDE_LIMIT * wanted[seen].abs().max()
 
 
 def test_golden_text(tmp_path: Path) -> None:
