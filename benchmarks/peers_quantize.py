@@ -11,16 +11,13 @@ contestant the same way. Prints processor seconds, wall seconds and peak memory 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import resource
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from peer_weights import write_peer_weights
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -37,22 +34,18 @@ def main() -> None:
     parser.add_argument("--asymmetric", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    ids = load_file(options.slices)["calibration"][: options.calibration]
-    start, wall = time.process_time(), time.perf_counter()
-    weights = PEERS[options.peer](options, ids)
-    row = {
-        "peer": options.peer,
-        "method": options.method,
-        "bits": options.bits,
-        "group": options.group,
-        "calibration": options.calibration,
-        "seconds": round(time.process_time() - start, 1),
-        "wall": round(time.perf_counter() - wall, 1),
-        "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-    }
-    save_file({name: w.detach().float().contiguous() for name, w in weights.items()}, options.out)
-    print(json.dumps(row))
+    write_peer_weights(
+        lambda ids: PEERS[options.peer](options, ids),
+        {
+            "peer": options.peer,
+            "method": options.method,
+            "bits": options.bits,
+            "group": options.group,
+        },
+        slices=options.slices,
+        calibration=options.calibration,
+        out=options.out,
+    )
 
 
 def _model(options: argparse.Namespace) -> Any:

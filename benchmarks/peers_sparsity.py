@@ -11,16 +11,13 @@ contestant the same way. Prints processor seconds, wall seconds and peak memory 
 from __future__ import annotations
 
 import argparse
-import json
-import resource
-import time
 from pathlib import Path
 
 import torch
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
-from safetensors.torch import load_file, save_file
+from peer_weights import Weights, write_peer_weights
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -36,23 +33,19 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=32)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    ids = load_file(options.slices)["calibration"][: options.calibration]
-    start, wall = time.process_time(), time.perf_counter()
-    weights = pruned(options.model, options.method, options.sparsity, ids)
-    row = {
-        "peer": "llmcompressor",
-        "method": options.method,
-        "sparsity": options.sparsity,
-        "calibration": options.calibration,
-        "seconds": round(time.process_time() - start, 1),
-        "wall": round(time.perf_counter() - wall, 1),
-        "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-    }
+    write_peer_weights(
+        lambda ids: pruned(options.model, options.method, options.sparsity, ids),
+        {"peer": "llmcompressor", "method": options.method, "sparsity": options.sparsity},
+        slices=options.slices,
+        calibration=options.calibration,
+        out=options.out,
+        look=share_of_zeros,
+    )
+
+
+def share_of_zeros(weights: Weights) -> dict[str, float]:
     zeros = sum(int((weight == 0).sum()) for weight in weights.values())
-    row["zeros"] = round(zeros / sum(weight.numel() for weight in weights.values()), 4)
-    save_file({name: w.detach().float().contiguous() for name, w in weights.items()}, options.out)
-    print(json.dumps(row))
+    return {"zeros": round(zeros / sum(weight.numel() for weight in weights.values()), 4)}
 
 
 def pruned(folder: Path, method: str, sparsity: str, ids: Tensor) -> dict[str, Tensor]:

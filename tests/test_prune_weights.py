@@ -31,6 +31,7 @@ from planish.passes.prune_wanda import PruneWanda
 from planish.passes.quantize_weights import QuantizeWeights
 from planish.passes.sparsegpt_columns import sparsegpt
 from planish.recipes import pipeline, read_recipe
+from tiny_stack import Stack
 from torch import Tensor, nn
 
 ROWS, WIDTH = 7, 40
@@ -185,26 +186,8 @@ def test_obs_takes_the_cheapest_of_all_rows() -> None:
     assert lost == [list(divmod(int(costs.argmin()), 12))]
 
 
-class Stack(nn.Module):
-    """A table, widths that 4 does not divide, a transposed weight, a dead input channel."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(2)
-        self.table = nn.Embedding(33, 50)
-        self.up, self.gate = nn.Linear(50, 80), nn.Linear(50, 80, bias=False)
-        self.down = nn.Parameter(torch.randn(80, 36) / 9)
-        self.last = nn.Linear(36, 31)
-        with torch.no_grad():
-            self.table.weight[:, 5] = 0
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.table(ids)
-        return self.last(torch.tanh(self.up(x) * self.gate(x)) @ self.down)
-
-
 def stack(dtype: torch.dtype = torch.float32) -> Program:
-    return capture_module(Stack().eval().to(dtype), (torch.arange(10).reshape(2, 5),))
+    return capture_module(Stack(33, 50).eval().to(dtype), (torch.arange(10).reshape(2, 5),))
 
 
 def texts(count: int = 6, length: int = 40) -> list[list[Tensor]]:
@@ -376,7 +359,7 @@ def test_a_weight_that_meets_several_values_is_pruned_once_for_all_of_them() -> 
             x = self.table(ids)
             return self.last((self.up(x) + self.up(torch.sin(3 * x))).relu() @ self.down)
 
-    before = capture_module(Twice().eval(), (torch.arange(10).reshape(2, 5),))
+    before = capture_module(Twice(33, 50).eval(), (torch.arange(10).reshape(2, 5),))
     flat = texts(2)[1]
     exact = run(before, flat, float64=True)[0]
     plain = sqnr(exact, run(prune(PruneMagnitude(), before), flat)[0])

@@ -27,7 +27,8 @@ from planish.passes.pipeline import Pipeline
 from planish.passes.quantize_gptq import QuantizeGptq
 from planish.passes.quantize_obq import QuantizeObq
 from planish.passes.quantize_weights import QuantizeWeights
-from torch import Tensor, nn
+from tiny_stack import Stack
+from torch import Tensor
 
 ROWS, WIDTH = 7, 40
 
@@ -153,26 +154,8 @@ def test_constant_weights_stay(value: float) -> None:
     assert (found - weight).abs().max() <= 1e-6 * abs(value)
 
 
-class Stack(nn.Module):
-    """Widths that no group of 16 divides; a transposed weight; a dead input channel."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(2)
-        self.table = nn.Embedding(31, 48)
-        self.up, self.gate = nn.Linear(48, 80), nn.Linear(48, 80, bias=False)
-        self.down = nn.Parameter(torch.randn(80, 36) / 9)
-        self.last = nn.Linear(36, 31)
-        with torch.no_grad():
-            self.table.weight[:, 5] = 0
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.table(ids)
-        return self.last(torch.tanh(self.up(x) * self.gate(x)) @ self.down)
-
-
 def stack() -> Program:
-    return capture_module(Stack().eval(), (torch.arange(10).reshape(2, 5),))
+    return capture_module(Stack(31, 48).eval(), (torch.arange(10).reshape(2, 5),))
 
 
 def texts(count: int = 6, length: int = 40) -> list[list[Tensor]]:
@@ -232,7 +215,7 @@ def test_the_correction_for_upstream_error_helps() -> None:
 
 
 def test_a_model_in_bfloat16() -> None:
-    before = capture_module(Stack().eval().bfloat16(), (torch.arange(10).reshape(2, 5),))
+    before = capture_module(Stack(31, 48).eval().bfloat16(), (torch.arange(10).reshape(2, 5),))
     after = quantize(before, texts(), scale_dtype="weight")
     entry = after.weights.entry("up.weight")
     assert isinstance(entry, Encoded)
@@ -284,7 +267,7 @@ def test_a_weight_that_meets_several_values_is_solved_once_for_all_of_them() -> 
             x = self.table(ids)
             return self.last((self.up(x) + self.up(torch.sin(3 * x))).relu() @ self.down)
 
-    before = capture_module(Twice().eval(), (torch.arange(10).reshape(2, 5),))
+    before = capture_module(Twice(31, 48).eval(), (torch.arange(10).reshape(2, 5),))
     after = quantize(before, texts())
     plain = Pipeline([QuantizeWeights(bits=3, group_size=16, remainder="short")]).run(before)
     assert [a.before for a in after.history.records[-1].applied].count("up.weight") == 1
