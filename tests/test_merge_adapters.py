@@ -13,6 +13,7 @@ import planish
 import pytest
 import torch
 import zoo
+from peft_adapters import CASES, LINEAR, LORA, trained, weights_gap
 from planish.ir.errors import PickleRefused, PlanishError, WrongOption, WrongOrder
 from planish.ir.read_adapter import AdapterMismatch, UnsupportedAdapter
 from planish.passes.merge_adapters import MergeAdapters
@@ -20,114 +21,23 @@ from planish.passes.pipeline import Pipeline
 from planish.passes.quantize_weights import QuantizeWeights
 from safetensors.torch import load_file, save_file
 
-_LORA = peft.LoraConfig
-_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"]
-CASES: dict[str, tuple[str, Any]] = {
-    "lora": ("llama", lambda: _LORA(r=4, lora_alpha=7, target_modules=_LINEAR)),
-    "rslora": ("llama", lambda: _LORA(r=3, lora_alpha=7, use_rslora=True, target_modules=_LINEAR)),
-    "dora": ("llama", lambda: _LORA(r=4, use_dora=True, target_modules=_LINEAR)),
-    "patterns": (
-        "llama",
-        lambda: _LORA(
-            r=4,
-            target_modules=_LINEAR,
-            rank_pattern={"q_proj": 2, "layers.1.mlp.up_proj": 5},
-            alpha_pattern={"k_proj": 3},
-        ),
-    ),
-    "loha": ("llama", lambda: peft.LoHaConfig(r=3, alpha=5, target_modules=_LINEAR)),
-    "lokr": ("llama", lambda: peft.LoKrConfig(r=3, alpha=5, target_modules=_LINEAR)),
-    "ia3": (
-        "llama",
-        lambda: peft.IA3Config(
-            target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
-        ),
-    ),
-    "vera": ("llama", lambda: peft.VeraConfig(r=6, target_modules=_LINEAR)),
-    "vera by its key": (
-        "llama",
-        lambda: peft.VeraConfig(r=6, target_modules=["q_proj"], save_projection=False),
-    ),
-    "norms": ("llama", lambda: peft.LNTuningConfig(target_modules=["input_layernorm"])),
-    "tokens": (
-        "llama",
-        lambda: peft.TrainableTokensConfig(token_indices=[5, 1], target_modules=["embed_tokens"]),
-    ),
-    "gpt2": ("gpt2", lambda: _LORA(r=4, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)),
-    "gpt2 dora": (
-        "gpt2",
-        lambda: _LORA(r=4, target_modules=["c_fc"], fan_in_fan_out=True, use_dora=True),
-    ),
-    "gpt2 ia3": (
-        "gpt2",
-        lambda: peft.IA3Config(
-            target_modules=["c_attn", "mlp.c_proj"],
-            feedforward_modules=["mlp.c_proj"],
-            fan_in_fan_out=True,
-        ),
-    ),
-    "bert": (
-        "bert",
-        lambda: _LORA(
-            r=4,
-            target_modules=["query", "intermediate.dense", "position_embeddings"],
-            bias="all",
-        ),
-    ),
-    "lora bias": ("bert", lambda: _LORA(r=4, target_modules=["query", "key"], lora_bias=True)),
-    "embeddings": ("llama", lambda: _LORA(r=4, target_modules=["embed_tokens", "lm_head"])),
-    "experts": (
-        "mixtral",
-        lambda: _LORA(
-            r=4,
-            target_modules=["q_proj"],
-            target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-        ),
-    ),
-    "pissa": ("llama", lambda: _LORA(r=4, target_modules=_LINEAR, init_lora_weights="pissa")),
-    "olora": ("llama", lambda: _LORA(r=4, target_modules=_LINEAR, init_lora_weights="olora")),
-    "saved modules": (
-        "llama",
-        lambda: _LORA(r=4, target_modules=["q_proj"], modules_to_save=["down_proj"]),
-    ),
-}
-
-
-def trained(name: str, config: Any, folder: Path) -> torch.nn.Module:
-    """An adapter of random values, saved; the merged model."""
-    model = copy.deepcopy(captured.sample(name, "eager").model)
-    torch.manual_seed(1)
-    adapted = peft.get_peft_model(model, config)
-    generator = torch.Generator().manual_seed(2)
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.data += 0.1 * noise
-    adapted.save_pretrained(folder)
-    return adapted.merge_and_unload()
-
 
 @pytest.mark.parametrize("case", CASES)
 def test_weights_equal_those_that_peft_merges(case: str, tmp_path: Path) -> None:
     name, config = CASES[case]
-    theirs = trained(name, config(), tmp_path).state_dict()
+    theirs = trained(name, config(), tmp_path).merge_and_unload().state_dict()
     program = captured.captured(name, "eager")
     merged = Pipeline([MergeAdapters(adapters=str(tmp_path))]).run(program)
-    changed = 0
-    for key in merged.weights:
-        if key in theirs:
-            wide = theirs[key].double()
-            gap = (merged.weights[key].double() - wide).abs().max()
-            assert gap <= 4 * torch.finfo(torch.float32).eps * wide.abs().max(), key
-            changed += not torch.equal(merged.weights[key], program.weights[key])
-    assert changed == len(merged.history.records[-1].applied) > 0
+    gap = weights_gap(program, merged, theirs)
+    assert gap.units <= 4, gap
+    assert gap.changed == len(merged.history.records[-1].applied) > 0
 
 
 def test_several_folders_add_up(tmp_path: Path) -> None:
     for folder, seed in (("a", 3), ("b", 4)):
         torch.manual_seed(seed)
         model = copy.deepcopy(captured.sample("llama", "eager").model)
-        adapted = peft.get_peft_model(model, _LORA(r=2, target_modules=["k_proj"]))
+        adapted = peft.get_peft_model(model, LORA(r=2, target_modules=["k_proj"]))
         for key, parameter in adapted.named_parameters():
             if "lora_B" in key:
                 torch.nn.init.normal_(parameter)
@@ -154,7 +64,7 @@ def pair(folder: Path, ranks: tuple[int, int] = (3, 3)) -> peft.PeftModel:
     generator = torch.Generator().manual_seed(5)
     adapted: Any = None
     for name, rank in zip("ab", ranks, strict=True):
-        config = _LORA(r=rank, lora_alpha=5, target_modules=["k_proj", "down_proj"])
+        config = LORA(r=rank, lora_alpha=5, target_modules=["k_proj", "down_proj"])
         if adapted is None:
             adapted = peft.get_peft_model(model, config, adapter_name=name)
         else:
@@ -241,14 +151,14 @@ def refusal(folder: Path, name: str = "llama") -> PlanishError:
 
 
 def test_an_adapter_of_another_base_lists_what_does_not_fit(tmp_path: Path) -> None:
-    trained("llama", _LORA(r=4, target_modules=_LINEAR), tmp_path)
+    trained("llama", LORA(r=4, target_modules=LINEAR), tmp_path)
     error = refusal(tmp_path, "gpt2")
     assert isinstance(error, AdapterMismatch)
     assert str(error).count("the base has no weight") == 10 and "and 4 more" in str(error)
 
 
 def test_ranks_that_differ_are_refused(tmp_path: Path) -> None:
-    trained("llama", _LORA(r=4, target_modules=["q_proj"]), tmp_path)
+    trained("llama", LORA(r=4, target_modules=["q_proj"]), tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     tensors = load_file(file)
     key = next(k for k in tensors if "lora_A" in k)
@@ -259,7 +169,7 @@ def test_ranks_that_differ_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_configuration_of_another_rank_is_refused(tmp_path: Path) -> None:
-    trained("llama", _LORA(r=4, target_modules=["q_proj"]), tmp_path)
+    trained("llama", LORA(r=4, target_modules=["q_proj"]), tmp_path)
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "r": 16}))
     error = refusal(tmp_path)
@@ -268,7 +178,7 @@ def test_a_configuration_of_another_rank_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_missing_factor_is_named(tmp_path: Path) -> None:
-    trained("llama", _LORA(r=4, target_modules=["q_proj"]), tmp_path)
+    trained("llama", LORA(r=4, target_modules=["q_proj"]), tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     tensors = load_file(file)
     del tensors[next(k for k in tensors if "layers.1" in k and "lora_B" in k)]
@@ -277,7 +187,7 @@ def test_a_missing_factor_is_named(tmp_path: Path) -> None:
 
 
 def test_unknown_kinds_and_variants_are_named(tmp_path: Path) -> None:
-    trained("llama", _LORA(r=4, target_modules=["q_proj"]), tmp_path)
+    trained("llama", LORA(r=4, target_modules=["q_proj"]), tmp_path)
     file = tmp_path / "adapter_config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps({**config, "peft_type": "OFT"}))
@@ -289,13 +199,13 @@ def test_unknown_kinds_and_variants_are_named(tmp_path: Path) -> None:
 
 
 def test_pickles_are_refused(tmp_path: Path) -> None:
-    trained("llama", _LORA(r=4, target_modules=["q_proj"]), tmp_path)
+    trained("llama", LORA(r=4, target_modules=["q_proj"]), tmp_path)
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
     assert isinstance(refusal(tmp_path), PickleRefused)
 
 
 def test_a_tied_table_says_who_else_reads_it(tmp_path: Path) -> None:
-    trained("gemma", _LORA(r=4, target_modules=["embed_tokens"]), tmp_path)
+    trained("gemma", LORA(r=4, target_modules=["embed_tokens"]), tmp_path)
     assert "tied to" in str(refusal(tmp_path, "gemma"))
 
 
@@ -311,7 +221,7 @@ def test_a_weight_that_is_no_number_is_refused() -> None:
 
 
 def test_optimize_takes_folders(tmp_path: Path) -> None:
-    theirs = trained("llama", _LORA(r=4, target_modules=_LINEAR), tmp_path)
+    theirs = trained("llama", LORA(r=4, target_modules=LINEAR), tmp_path).merge_and_unload()
     sample = zoo.build("llama", "eager")
     optimized = planish.optimize(
         sample.model, sample.args, sample.kwargs, recipe="exact", adapters=[tmp_path]

@@ -1,0 +1,136 @@
+"""One adapter of each kind that PEFT makes and planish merges, on tiny public architectures.
+
+Random values stand in for trained ones; what is compared is what PEFT's own merge makes of them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import captured
+import peft
+import torch
+from planish.ir.program import Program
+from torch import Tensor
+
+LORA = peft.LoraConfig
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"]
+# kind: the model's name in zoo.py, and the adapter
+CASES: dict[str, tuple[str, Callable[[], Any]]] = {
+    "LoRA": ("llama", lambda: LORA(r=4, lora_alpha=7, target_modules=LINEAR)),
+    "rsLoRA": ("llama", lambda: LORA(r=3, lora_alpha=7, use_rslora=True, target_modules=LINEAR)),
+    "DoRA": ("llama", lambda: LORA(r=4, use_dora=True, target_modules=LINEAR)),
+    "PiSSA": ("llama", lambda: LORA(r=4, target_modules=LINEAR, init_lora_weights="pissa")),
+    "OLoRA": ("llama", lambda: LORA(r=4, target_modules=LINEAR, init_lora_weights="olora")),
+    "LoRA, ranks and alphas by module": (
+        "llama",
+        lambda: LORA(
+            r=4,
+            target_modules=LINEAR,
+            rank_pattern={"q_proj": 2, "layers.1.mlp.up_proj": 5},
+            alpha_pattern={"k_proj": 3},
+        ),
+    ),
+    "LoRA on embeddings": ("llama", lambda: LORA(r=4, target_modules=["embed_tokens", "lm_head"])),
+    "LoRA and modules_to_save": (
+        "llama",
+        lambda: LORA(r=4, target_modules=["q_proj"], modules_to_save=["down_proj"]),
+    ),
+    "LoHa": ("llama", lambda: peft.LoHaConfig(r=3, alpha=5, target_modules=LINEAR)),
+    "LoKr": ("llama", lambda: peft.LoKrConfig(r=3, alpha=5, target_modules=LINEAR)),
+    "(IA)^3": (
+        "llama",
+        lambda: peft.IA3Config(
+            target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
+        ),
+    ),
+    "VeRA": ("llama", lambda: peft.VeraConfig(r=6, target_modules=LINEAR)),
+    "VeRA by its key": (
+        "llama",
+        lambda: peft.VeraConfig(r=6, target_modules=["q_proj"], save_projection=False),
+    ),
+    "LN tuning": ("llama", lambda: peft.LNTuningConfig(target_modules=["input_layernorm"])),
+    "trainable tokens": (
+        "llama",
+        lambda: peft.TrainableTokensConfig(token_indices=[5, 1], target_modules=["embed_tokens"]),
+    ),
+    "LoRA on Conv1D": (
+        "gpt2",
+        lambda: LORA(r=4, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True),
+    ),
+    "DoRA on Conv1D": (
+        "gpt2",
+        lambda: LORA(r=4, target_modules=["c_fc"], fan_in_fan_out=True, use_dora=True),
+    ),
+    "(IA)^3 on Conv1D": (
+        "gpt2",
+        lambda: peft.IA3Config(
+            target_modules=["c_attn", "mlp.c_proj"],
+            feedforward_modules=["mlp.c_proj"],
+            fan_in_fan_out=True,
+        ),
+    ),
+    "LoRA, bias=all (BitFit)": (
+        "bert",
+        lambda: LORA(
+            r=4,
+            target_modules=["query", "intermediate.dense", "position_embeddings"],
+            bias="all",
+        ),
+    ),
+    "LoRA, bias=lora_only": (
+        "bert",
+        lambda: LORA(r=4, target_modules=["query", "output.dense"], bias="lora_only"),
+    ),
+    "LoRA, lora_bias": ("bert", lambda: LORA(r=4, target_modules=["query", "key"], lora_bias=True)),
+    "LoRA on stacks of experts": (
+        "mixtral",
+        lambda: LORA(
+            r=4,
+            target_modules=["q_proj"],
+            target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        ),
+    ),
+}
+
+
+def trained(name: str, config: Any, folder: Path) -> Any:
+    """A PEFT model with an adapter of random values, which is saved in `folder`."""
+    model = copy.deepcopy(captured.sample(name, "eager").model)
+    torch.manual_seed(1)
+    adapted = peft.get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(2)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data += 0.1 * noise
+    adapted.save_pretrained(folder)
+    return adapted
+
+
+@dataclass(frozen=True)
+class Gap:
+    """compared: weights; changed: of them; units: the largest difference, in eps * max|W|."""
+
+    compared: int
+    changed: int
+    units: float
+    worst: str
+
+
+def weights_gap(base: Program, merged: Program, theirs: Mapping[str, Tensor]) -> Gap:
+    """How far merged weights are from those of PEFT's merge."""
+    found: list[tuple[float, str]] = []
+    changed = 0
+    for name in merged.weights:
+        if name in theirs:
+            wide = theirs[name].double()
+            gap = (merged.weights[name].double() - wide).abs().max()
+            unit = torch.finfo(theirs[name].dtype).eps * wide.abs().max()
+            found.append((float(gap / unit) if gap else 0.0, name))
+            changed += not torch.equal(merged.weights[name], base.weights[name])
+    return Gap(len(found), changed, *max(found))
