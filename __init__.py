@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from .api import explain as explain
     from .api import optimize as optimize
     from .api import trace as trace
+    from .distill_student import every_other_layer as every_other_layer
+    from .distillation import distill as distill
     from .generator import Generator as Generator
     from .ir.errors import PlanishError as PlanishError
     from .ir.pattern import op as op
@@ -32,6 +34,8 @@ _HOMES = {
     "explain": "api",
     "optimize": "api",
     "trace": "api",
+    "distill": "distillation",
+    "every_other_layer": "distill_student",
     "Generator": "generator",
     "PlanishError": "ir.errors",
     "op": "ir.pattern",
