@@ -4,9 +4,9 @@
 
 Tiny public architectures with random weights (tests/zoo.py) and random adapters
 (tests/peft_adapters.py), float32. Columns: weights compared, those that the adapter changed, the
-largest difference of a weight in units of eps * max|W| of that weight; then logits of other inputs
-than the captured ones, in units of eps * max|logits|: planish's merged program against PEFT's
-merged model, and beside it PEFT's merged model against PEFT's model before the merge.
+largest gap of a weight in units of eps * max|W| of that weight; then outputs for other inputs than
+the captured ones, in units of eps * max|output|: planish's merged program against PEFT's merged
+model, and beside it PEFT's merged model against PEFT's model before the merge.
 """
 
 from __future__ import annotations
@@ -27,42 +27,39 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-import captured
-from peft_adapters import CASES, trained, weights_gap
+from peft_adapters import CASES, base, captured_base, trained, weights_gap
 
-HEADER = (
-    "| kind | model | weights | changed | largest gap, eps max\\|W\\| | logits | PEFT's own merge |"
-)
+HEADER = "| kind | model | weights | changed | largest gap | outputs | PEFT's own merge |"
 
 
 def row(kind: str) -> str:
     name, config = CASES[kind]
-    base = captured.captured(name, "eager")
-    inputs = captured.sample(name, "eager").other_inputs()
+    before, inputs = captured_base(name), base(name).inputs
     with tempfile.TemporaryDirectory() as folder:
         adapted = trained(name, config(), Path(folder))
-        apart = logits(adapted, inputs)
+        apart = output_of(adapted, inputs)
         theirs = adapted.merge_and_unload()
-        merged = Pipeline([MergeAdapters(adapters=folder)]).run(base)
-    gap = weights_gap(base, merged, theirs.state_dict())
-    wanted = logits(theirs, inputs)
+        merged = Pipeline([MergeAdapters(adapters=folder)]).run(before)
+    gap = weights_gap(before, merged, theirs.state_dict())
+    wanted = output_of(theirs, inputs)
     found = first(merged(**inputs))
-    kept = inputs["attention_mask"].bool()
-    ours, own = (units(value[kept], wanted[kept]) for value in (found, apart))
+    real = inputs["attention_mask"].bool() if wanted.dim() == 3 else slice(None)
+    ours, own = (units(value[real], wanted[real]) for value in (found, apart))
     return (
         f"| {kind} | {name} | {gap.compared} | {gap.changed} "
         f"| {gap.units:.2f} | {ours:.1f} | {own:.1f} |"
     )
 
 
-def logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+def output_of(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     with torch.no_grad():
         return first(model.eval()(**inputs))
 
 
 def first(output: Any) -> Tensor:
-    """The logits, or an encoder's last hidden states."""
-    return output["logits"] if "logits" in output else output["last_hidden_state"]
+    """The logits; of an encoder what it pools, or else its last hidden states."""
+    names = ("logits", "pooler_output", "last_hidden_state")
+    return next(output[name] for name in names if output.get(name) is not None)
 
 
 def units(found: Tensor, wanted: Tensor) -> float:

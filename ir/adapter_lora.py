@@ -4,6 +4,7 @@ LoRA: W + s B A (Hu et al. 2022, sec. 4.1), s = alpha / r, or alpha / sqrt(r) (K
 DoRA: m / |W + s B A| (W + s B A), norms over the inputs of each output (Liu et al. 2024, eq. 5).
 PiSSA, OLoRA: the base lost s B0 A0, factors of itself, before training (Meng et al. 2024, eq. 2-4;
 Büyükakyüz 2024, alg. 1), so that what was trained stands beside what was left.
+AdaLoRA: W + B diag(E) A, of which training drops directions (Zhang et al. 2023, eq. 3).
 """
 
 from __future__ import annotations
@@ -64,6 +65,34 @@ class LowRank(Delta):
             return product * self.scale
         # A convolution of the kernels [in, rank, ...] with B is their product by places.
         return _CONVOLUTIONS[a.dim()](a.transpose(0, 1), b).transpose(0, 1) * self.scale
+
+
+@dataclass(frozen=True)
+class AdaptiveRank(Delta):
+    """AdaLoRA. a: [rank, in]; b: [out, rank]; values: [rank, 1]; initial: rank before training."""
+
+    a: Tensor
+    b: Tensor
+    values: Tensor
+    scale: float
+    initial: float
+    flipped: bool = False
+
+    def misfit(self, spot: Spot) -> str | None:
+        if tuple(self.values.shape) != (self.a.shape[0], 1):
+            return f"E is {list(self.values.shape)} for A {list(self.a.shape)}"
+        if len(spot.shape) != 2 or spot.table:
+            return "AdaLoRA changes the weight of a linear layer"
+        return self._branch().misfit(spot)
+
+    def delta(self, spot: Spot, dtype: torch.dtype) -> Tensor:
+        product = self.b.to(dtype) @ (self.a.to(dtype) * self.values.to(dtype))
+        product = product.t() if self._branch().turned(spot) else product
+        # PEFT keeps the rank in float32 and a small number away from zero.
+        return product * self.scale / (torch.tensor([self.initial]) + 1e-5).to(dtype)
+
+    def _branch(self) -> LowRank:
+        return LowRank(self.a, self.b, self.scale, self.flipped)
 
 
 @dataclass(frozen=True)
@@ -152,4 +181,4 @@ class Subtracted(Change):
         return left + self.branch.delta(spot, weight.dtype)
 
 
-__all__ = ["Dora", "ExpertLowRank", "LowRank", "Subtracted"]
+__all__ = ["AdaptiveRank", "Dora", "ExpertLowRank", "LowRank", "Subtracted"]

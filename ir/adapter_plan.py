@@ -7,37 +7,28 @@ weights by name, where the program may lack a prefix that the adapter has, or th
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
-from .adapter_change import Added, Change, Delta, Replace, ReplaceRows, Spot
-from .adapter_lora import Dora, ExpertLowRank, LowRank, Subtracted
+from .adapter_change import Added, Change, Replace, ReplaceRows, Spot
+from .adapter_lora import AdaptiveRank, Dora, ExpertLowRank, LowRank, Subtracted
 from .adapter_products import Hadamard, Kronecker, Scaled, VectorProduct, random_projections
-from .errors import WrongOption
+from .adapter_step import Step
+from .adapter_ties import settle_ties
 from .program import Program
 from .read_adapter import Adapter, AdapterMismatch
 from .weight_roles import weight_roles
 
 _PREFIX = re.compile(r"^base_model\.(model\.)?")
 _PARTS = re.compile(
-    r"^(?P<module>.*?)\.(?P<part>lora_[AB]\.(?:weight|bias)|lora_embedding_[AB]|"
+    r"^(?P<module>.*?)\.(?P<part>lora_[AB]\.(?:weight|bias)|lora_[ABE]|lora_embedding_[AB]|"
     r"lora_magnitude_vector(?:\.weight)?|hada_\w+|lokr_\w+|ia3_l|vera_lambda_[bd]|"
     r"(?:token_adapter\.)?trainable_tokens_delta)$"
 )
 _WRAPPED = re.compile(r"\.(base_layer|ln_tuning_layers|modules_to_save|original_module)(?=\.|$)")
 _MOST_TOLD = 10
-
-
-@dataclass(frozen=True)
-class Step:
-    """One change of one weight; module: the adapter's name for where it belongs."""
-
-    spot: Spot
-    change: Change
-    module: str
 
 
 @dataclass
@@ -46,6 +37,7 @@ class _Plan:
     program: Program
     steps: list[Step] = field(default_factory=list[Step])
     wrong: list[str] = field(default_factory=list[str])
+    inner: set[str] = field(default_factory=set[str])  # modules wrapped within a wrapped one
 
     def __post_init__(self) -> None:
         weights = self.program.weights
@@ -62,12 +54,18 @@ class _Plan:
         return ends[0] if len(ends) == 1 else None
 
     def spot(self, name: str) -> Spot:
+        """The weight as its readers see it, of a tied one those that go by this name."""
         kept = self.program.weights.canonical(name)
         shape = tuple(int(size) for size in self.program.weights.shape(kept))
         role = self.roles.get(kept)
         if role is None:
-            return Spot(kept, shape)
-        return Spot(kept, shape, role.axis if role.matmuls else None, bool(role.tables))
+            return Spot(name, shape)
+        module = name.rpartition(".")[0]
+        readers = [*role.matmuls, *role.tables]
+        own = {reader for reader in readers if reader.meta.get("module") == module}
+        own = own or set(readers)
+        axis = role.axis if own & set(role.matmuls) else None
+        return Spot(name, shape, axis, bool(own & set(role.tables)))
 
     def add(self, name: str, change: Change, module: str) -> None:
         found = self.find(name)
@@ -75,16 +73,11 @@ class _Plan:
             self.wrong.append(f"{module}: the base has no weight {name}")
             return
         spot = self.spot(found)
-        reason = change.misfit(spot) or self._shared(found, spot)
+        reason = change.misfit(spot)
         if reason:
             self.wrong.append(f"{module}: {reason} ({spot.name})")
         else:
             self.steps.append(Step(spot, change, module))
-
-    def _shared(self, name: str, spot: Spot) -> str | None:
-        """A weight that has another name too would change there as well."""
-        others = [n for n in self.program.weights.names_of(spot.name) if n != name]
-        return f"its weight is tied to {others[0]}, which would change with it" if others else None
 
     # what modules hold
 
@@ -103,6 +96,9 @@ class _Plan:
             made[first.partition("_")[0]](module, parts)
 
     def _lora(self, module: str, parts: dict[str, Tensor]) -> None:
+        if self.adapter.kind == "ADALORA":
+            self._adaptive(module, parts)
+            return
         scale = self.adapter.scale(module)
         table = "lora_embedding_A" in parts or "lora_embedding_B" in parts
         names = [f"lora_embedding_{x}" if table else f"lora_{x}.weight" for x in "AB"]
@@ -122,9 +118,30 @@ class _Plan:
             change = Dora(branch, magnitude)
         elif init in ("pissa", "olora"):
             change = Subtracted(branch, init)
-        self.add(f"{module}.weight", change, module)
-        if "lora_B.bias" in parts:
+        packed = self._packed_attention(module)
+        self.add(f"{module}.in_proj_weight" if packed else f"{module}.weight", change, module)
+        if module in self.inner and self._packed_attention(module.rpartition(".")[0]):
+            # PEFT adds the branch of such an output twice, in training too.
+            self.add(f"{module}.weight", change, module)
+        if "lora_B.bias" in parts and not packed:
             self.add(f"{module}.bias", Added(parts["lora_B.bias"], scale), module)
+
+    def _packed_attention(self, module: str) -> bool:
+        """Whether a module keeps its three projections in one weight (nn.MultiheadAttention)."""
+        return bool(module) and self.find(f"{module}.in_proj_weight") is not None
+
+    def _adaptive(self, module: str, parts: dict[str, Tensor]) -> None:
+        names = ("lora_A", "lora_B", "lora_E")
+        if missing := [name for name in names if name not in parts]:
+            self.wrong.append(f"{module}: the adapter lacks {', '.join(missing)}")
+            return
+        a, b, values = (parts[name] for name in names)
+        if not self._rank_differs(module, int(a.shape[0])):
+            alpha, initial = self.adapter.setting("lora_alpha"), self.adapter.setting("init_r")
+            scale = float(alpha if alpha > 0 else a.shape[0])
+            flipped = bool(self.adapter.setting("fan_in_fan_out"))
+            change = AdaptiveRank(a, b, values, scale, float(initial), flipped)
+            self.add(f"{module}.weight", change, module)
 
     def _rank_differs(self, module: str, found: int) -> bool:
         """A configuration of another rank would give the delta another scale."""
@@ -214,8 +231,11 @@ class _Plan:
             named = [name for name in named if name != chosen]
 
 
-def plan_adapter(adapter: Adapter, program: Program) -> list[Step]:
-    """Every change that an adapter makes; raises AdapterMismatch, with up to ten reasons."""
+def plan_adapter(adapter: Adapter, program: Program, *, untie: bool = False) -> list[Step]:
+    """Every change that an adapter makes; raises AdapterMismatch, with up to ten reasons.
+
+    untie: a change of a tied weight is of what one name alone reads.
+    """
     plan = _Plan(adapter, program)
     modules: dict[str, dict[int, dict[str, Tensor]]] = {}
     for name, value in adapter.tensors.items():
@@ -229,6 +249,8 @@ def plan_adapter(adapter: Adapter, program: Program) -> list[Step]:
             continue
         depth = match["module"].count(".base_layer")
         module = _WRAPPED.sub("", match["module"])
+        if match["module"].endswith(".base_layer." + module.rpartition(".")[2]):
+            plan.inner.add(module)
         modules.setdefault(module, {}).setdefault(depth, {})[match["part"]] = value
     for module, levels in modules.items():
         stack = plan.find(f"{module}.weight") is None and adapter.setting("target_parameters")
@@ -237,38 +259,9 @@ def plan_adapter(adapter: Adapter, program: Program) -> list[Step]:
         else:
             for parts in levels.values():
                 plan.module(module, parts)
-    _refuse(adapter, plan.wrong)
-    return plan.steps
-
-
-def weighted(steps: Sequence[Step], factor: float, name: str) -> list[Step]:
-    """The same changes, scaled; raises WrongOption for those that are no sums."""
-    if factor == 1:
-        return list(steps)
-    found: list[Step] = []
-    for step in steps:
-        if not isinstance(step.change, Delta):
-            raise WrongOption(
-                f"the adapter {name} cannot be weighted by {factor:g}",
-                where=step.module,
-                expected="an adapter that adds to weights",
-                found=f"{type(step.change).__name__.lower()}, which replaces or scales them",
-                fix="merge it with a weight of 1",
-            )
-        found.append(replace(step, change=_Weighted(step.change, factor)))
-    return found
-
-
-@dataclass(frozen=True)
-class _Weighted(Delta):
-    change: Delta
-    factor: float
-
-    def misfit(self, spot: Spot) -> str | None:
-        return self.change.misfit(spot)
-
-    def delta(self, spot: Spot, dtype: torch.dtype) -> Tensor:
-        return self.change.delta(spot, dtype) * self.factor
+    steps, tied = settle_ties(adapter, program, plan.steps, untie)
+    _refuse(adapter, [*plan.wrong, *tied])
+    return steps
 
 
 def _refuse(adapter: Adapter, wrong: list[str]) -> None:
@@ -283,4 +276,4 @@ def _refuse(adapter: Adapter, wrong: list[str]) -> None:
     )
 
 
-__all__ = ["Step", "plan_adapter", "weighted"]
+__all__ = ["plan_adapter"]

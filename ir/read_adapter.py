@@ -17,7 +17,17 @@ from torch import Tensor
 from .adapter_folder import read_adapter_config, read_adapter_tensors
 from .errors import MissingTensor, PlanishError
 
-KINDS = ("LORA", "LOHA", "LOKR", "IA3", "VERA", "LN_TUNING", "TRAINABLE_TOKENS", "BITFIT")
+KINDS = (
+    "LORA",
+    "ADALORA",
+    "LOHA",
+    "LOKR",
+    "IA3",
+    "VERA",
+    "LN_TUNING",
+    "TRAINABLE_TOKENS",
+    "BITFIT",
+)
 # Settings under which the tensors of a LORA folder mean something else than W + s B A.
 _VARIANTS = {
     "arrow_config": "tokens choose among adapters (Arrow)",
@@ -70,6 +80,10 @@ class Adapter:
         return self.setting(default)
 
     def rank(self, module: str) -> int:
+        if self.kind == "ADALORA":  # directions that training kept, by the module's name
+            patterns = self.setting("rank_pattern", {})
+            kept = [v for name, v in patterns.items() if name.startswith(f"{module}.")]
+            return sum(map(bool, kept[0])) if kept else int(self.setting("init_r"))
         return int(self.by_module("rank_pattern", "r", module))
 
     def scale(self, module: str) -> float:

@@ -16,10 +16,13 @@ from torch import Tensor
 from ..ir.adapter_change import wide_dtype
 from ..ir.adapter_combine import FACTORS, PRODUCTS, Combination, Combined
 from ..ir.adapter_lora import LowRank
-from ..ir.adapter_plan import Step, plan_adapter, weighted
+from ..ir.adapter_plan import plan_adapter
+from ..ir.adapter_step import Step, weighted
+from ..ir.adapter_ties import spread
 from ..ir.errors import NonFiniteWeight, WrongOption
 from ..ir.program import Program
 from ..ir.read_adapter import read_adapter
+from ..ir.untie import untie
 from .contract import Context, Pass, contract
 
 
@@ -31,6 +34,8 @@ class MergeAdapters(Pass):
     `ir/adapter_combine.py`: linear, ties, dare_linear, dare_ties, magnitude_prune (on the factors),
     svd, ties_svd, ... (on the deltas). density: what trimming and dropping keep. sign: elected by
     "total" or "frequency". rank: of the methods on deltas, 0 for any.
+    untie: an adapter of a tied weight changes what its own name reads, and the tie ends there;
+    without it only adapters that keep the tie are merged.
     A quantized base is refused by the facts: merge first, then quantize.
     """
 
@@ -40,6 +45,7 @@ class MergeAdapters(Pass):
     sign: str = "total"
     rank: int = 0
     seed: int = 0
+    untie: bool = False
 
     contract = contract("lossy", requires=["functional", "dense_weights"], min_sqnr=-200.0)
 
@@ -67,19 +73,37 @@ class MergeAdapters(Pass):
                 expected="adapters=FOLDER; FOLDER=WEIGHT",
                 fix="name one or more folders that PEFT's save_pretrained wrote",
             )
-        steps: dict[str, list[Step]] = {}
-        factors: dict[str, list[float]] = {}
+        every: list[tuple[Step, float]] = []
         for folder, factor in wanted:
             adapter = read_adapter(folder)
-            planned = plan_adapter(adapter, program)
+            planned = plan_adapter(adapter, program, untie=self.untie)
             if self.combine == "add":
                 planned = weighted(planned, factor, adapter.name)
-            for step in planned:
-                steps.setdefault(step.spot.name, []).append(step)
-                factors.setdefault(step.spot.name, []).append(factor)
+            every += [(step, factor) for step in planned]
+        steps: dict[str, list[Step]] = {}
+        factors: dict[str, list[float]] = {}
+        for step, factor in spread(program, every):
+            steps.setdefault(step.spot.name, []).append(step)
+            factors.setdefault(step.spot.name, []).append(factor)
         if self.combine != "add":
             steps = {name: [self._one(found, factors[name])] for name, found in steps.items()}
-        self.put(program, steps, context)
+        self.put(program, self._untied(program, steps, context), context)
+
+    def _untied(
+        self, program: Program, steps: Mapping[str, list[Step]], context: Context
+    ) -> dict[str, list[Step]]:
+        """End the ties of weights that change under one of their names."""
+        found: dict[str, list[Step]] = {}
+        for name, changes in steps.items():
+            kept = program.weights.names_of(name)
+            if len(kept) > 1 and not changes[0].tied:
+                if not context.journal.offers():
+                    continue
+                untie(program, name)
+                note = f"no longer tied to {next(n for n in kept if n != name)}"
+                context.journal.changed_weight(self.pass_name(), name, note)
+            found[name] = changes
+        return found
 
     def put(self, program: Program, steps: Mapping[str, list[Step]], context: Context) -> None:
         """Change the weights; a subclass may keep some of them in other ways."""

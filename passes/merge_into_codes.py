@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..ir.adapter_plan import Step
+from ..ir.adapter_step import Step
 from ..ir.encoded import Encoded
 from ..ir.errors import PlanishError, UnsupportedFormat
 from ..ir.hessian import Hessian, damped

@@ -6,6 +6,7 @@ Random values stand in for trained ones; what is compared is what PEFT's own mer
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,14 @@ from typing import Any
 import captured
 import peft
 import torch
+import transformers
+from planish.ir.capture import capture_module
 from planish.ir.program import Program
-from torch import Tensor
+from torch import Tensor, nn
 
 LORA = peft.LoraConfig
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"]
-# kind: the model's name in zoo.py, and the adapter
+# kind: the model's name, here or in zoo.py, and the adapter
 CASES: dict[str, tuple[str, Callable[[], Any]]] = {
     "LoRA": ("llama", lambda: LORA(r=4, lora_alpha=7, target_modules=LINEAR)),
     "rsLoRA": ("llama", lambda: LORA(r=3, lora_alpha=7, use_rslora=True, target_modules=LINEAR)),
@@ -39,6 +42,22 @@ CASES: dict[str, tuple[str, Callable[[], Any]]] = {
     "LoRA and modules_to_save": (
         "llama",
         lambda: LORA(r=4, target_modules=["q_proj"], modules_to_save=["down_proj"]),
+    ),
+    "AdaLoRA": (
+        "llama",
+        lambda: peft.AdaLoraConfig(
+            init_r=4, target_r=2, lora_alpha=7, total_step=10, target_modules=LINEAR
+        ),
+    ),
+    "AdaLoRA on Conv1D": (
+        "gpt2",
+        lambda: peft.AdaLoraConfig(
+            init_r=4, total_step=10, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True
+        ),
+    ),
+    "LoRA on nn.MultiheadAttention": (
+        "siglip",
+        lambda: LORA(r=4, lora_alpha=7, target_modules=["head.attention", "fc1"], bias="all"),
     ),
     "LoHa": ("llama", lambda: peft.LoHaConfig(r=3, alpha=5, target_modules=LINEAR)),
     "LoKr": ("llama", lambda: peft.LoKrConfig(r=3, alpha=5, target_modules=LINEAR)),
@@ -98,9 +117,43 @@ CASES: dict[str, tuple[str, Callable[[], Any]]] = {
 }
 
 
+@dataclass(frozen=True)
+class Base:
+    """A model, and inputs of another shape than the captured ones."""
+
+    model: nn.Module
+    inputs: dict[str, Tensor]
+
+
+@functools.cache
+def base(name: str) -> Base:
+    if name != "siglip":
+        sample = captured.sample(name, "eager")
+        return Base(sample.model, sample.other_inputs())
+    config = transformers.SiglipVisionConfig(
+        hidden_size=48, intermediate_size=80, num_hidden_layers=1, num_attention_heads=6,
+        image_size=24, patch_size=6,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.SiglipVisionModel._from_config(config, attn_implementation="eager")
+    return Base(model.eval(), {"pixel_values": torch.randn(3, 3, 24, 24)})
+
+
+def captured_base(name: str) -> Program:
+    """A private copy of the captured program."""
+    if name != "siglip":
+        return captured.captured(name, "eager")
+    return captured.kept(name, _captured_siglip).copy()
+
+
+def _captured_siglip() -> Program:
+    made = base("siglip")
+    return capture_module(made.model, (), {"pixel_values": made.inputs["pixel_values"][:2]})
+
+
 def trained(name: str, config: Any, folder: Path) -> Any:
     """A PEFT model with an adapter of random values, which is saved in `folder`."""
-    model = copy.deepcopy(captured.sample(name, "eager").model)
+    model = copy.deepcopy(base(name).model)
     torch.manual_seed(1)
     adapted = peft.get_peft_model(model, config)
     generator = torch.Generator().manual_seed(2)
@@ -122,15 +175,16 @@ class Gap:
     worst: str
 
 
-def weights_gap(base: Program, merged: Program, theirs: Mapping[str, Tensor]) -> Gap:
+def weights_gap(before: Program, merged: Program, theirs: Mapping[str, Tensor]) -> Gap:
     """How far merged weights are from those of PEFT's merge."""
     found: list[tuple[float, str]] = []
     changed = 0
-    for name in merged.weights:
+    for name in [*merged.weights, *merged.weights.aliases]:
         if name in theirs:
             wide = theirs[name].double()
             gap = (merged.weights[name].double() - wide).abs().max()
             unit = torch.finfo(theirs[name].dtype).eps * wide.abs().max()
             found.append((float(gap / unit) if gap else 0.0, name))
-            changed += not torch.equal(merged.weights[name], base.weights[name])
+            own = name in merged.weights.names_of(name)[:1]
+            changed += own and not torch.equal(merged.weights[name], before.weights[name])
     return Gap(len(found), changed, *max(found))

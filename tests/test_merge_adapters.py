@@ -13,7 +13,7 @@ import planish
 import pytest
 import torch
 import zoo
-from peft_adapters import CASES, LINEAR, LORA, trained, weights_gap
+from peft_adapters import CASES, LINEAR, LORA, captured_base, trained, weights_gap
 from planish.ir.errors import PickleRefused, PlanishError, WrongOption, WrongOrder
 from planish.ir.read_adapter import AdapterMismatch, UnsupportedAdapter
 from planish.passes.merge_adapters import MergeAdapters
@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 def test_weights_equal_those_that_peft_merges(case: str, tmp_path: Path) -> None:
     name, config = CASES[case]
     theirs = trained(name, config(), tmp_path).merge_and_unload().state_dict()
-    program = captured.captured(name, "eager")
+    program = captured_base(name)
     merged = Pipeline([MergeAdapters(adapters=str(tmp_path))]).run(program)
     gap = weights_gap(program, merged, theirs)
     assert gap.units <= 4, gap
@@ -204,9 +204,32 @@ def test_pickles_are_refused(tmp_path: Path) -> None:
     assert isinstance(refusal(tmp_path), PickleRefused)
 
 
-def test_a_tied_table_says_who_else_reads_it(tmp_path: Path) -> None:
-    trained("gemma", LORA(r=4, target_modules=["embed_tokens"]), tmp_path)
-    assert "tied to" in str(refusal(tmp_path, "gemma"))
+def test_directions_that_training_dropped_are_gone(tmp_path: Path) -> None:
+    config = peft.AdaLoraConfig(init_r=4, lora_alpha=7, total_step=9, target_modules=["q_proj"])
+    adapted = trained("llama", config, tmp_path)
+    place = "model.layers.{}.self_attn.q_proj.lora_E"
+    pattern = {place.format(0): [True, False, True, True], place.format(1): [False] * 4}
+    adapted.peft_config["default"].rank_pattern = {f"{k}.default": v for k, v in pattern.items()}
+    adapted.save_pretrained(tmp_path)
+    model = copy.deepcopy(captured.sample("llama", "eager").model)
+    theirs = peft.PeftModel.from_pretrained(model, tmp_path).merge_and_unload().state_dict()
+    base = captured.captured("llama", "eager")
+    merged = Pipeline([MergeAdapters(adapters=str(tmp_path))]).run(base)
+    gap = weights_gap(base, merged, theirs)
+    assert gap.units <= 4 and gap.changed == 1, gap
+    file = tmp_path / "adapter_config.json"
+    told = json.loads(file.read_text())
+    file.write_text(json.dumps({**told, "rank_pattern": {place.format(0): [True] * 4}}))
+    assert "rank 4 in the configuration, 3 in the tensors" in str(refusal(tmp_path))
+
+
+def test_an_output_projection_is_no_packed_attention_by_its_name(tmp_path: Path) -> None:
+    """PEFT doubles the branch of an output only where it wrapped the attention itself."""
+    theirs = trained("siglip", LORA(r=4, target_modules=["self_attn.out_proj"]), tmp_path)
+    base = captured_base("siglip")
+    merged = Pipeline([MergeAdapters(adapters=str(tmp_path))]).run(base)
+    gap = weights_gap(base, merged, theirs.merge_and_unload().state_dict())
+    assert gap.units <= 4 and gap.changed == 1, gap
 
 
 def test_quantizing_first_is_refused_with_the_right_order(tmp_path: Path) -> None:
