@@ -1,4 +1,4 @@
-"""How much a unit matters: by the size of its weights, or by what reads it does with its values."""
+"""How much a unit matters: by its weights, by what reads do with its values, or by the loss."""
 
 from __future__ import annotations
 
@@ -12,19 +12,28 @@ from ..ir.program import Node, Program
 from ..ir.prunable_units import Unit
 from .calibrate import observe, product_sites
 from .contract import Context
+from .unit_gradients import unit_gradients
 
-MEASURES = ("magnitude", "wanda")
+MEASURES = ("magnitude", "wanda", "taylor", "fisher")
+CALIBRATED = ("wanda", "taylor", "fisher")
+"""Those that take calibration batches."""
+OF_LOSS = ("taylor", "fisher")
+"""Those in units of the loss, comparable over all places as they are."""
 
 
 def unit_importance(
     program: Program, channels: ChannelMap, units: Sequence[Unit], measure: str, context: Context
 ) -> list[float]:
-    """One number for each unit, comparable within its group.
+    """One number for each unit, comparable within its group; the least go first.
 
     magnitude: the sum of squares of its weight entries (Li et al. 2017, sec. 3.1, squared).
     wanda: over the columns that read it, |column|^2 times the mean square of the value on the
     calibration batches (as Sun et al. 2023, eq. 1, for a whole column).
+    taylor, fisher: from gradients of the next-token loss, see `unit_gradients`.
     """
+    if measure in OF_LOSS:
+        seen = unit_gradients(program, channels, units, context)
+        return (seen.mean.abs() if measure == "taylor" else seen.square).tolist()
     scores: dict[int, float] = {}
     moments = _moments(program, context) if measure == "wanda" else {}
     for (name, axis), roots in channels.axes.items():
@@ -80,4 +89,4 @@ def least(scores: Sequence[float], count: int) -> list[int]:
     return sorted(int(place) for place in order[:count])
 
 
-__all__ = ["MEASURES", "least", "unit_importance"]
+__all__ = ["CALIBRATED", "MEASURES", "OF_LOSS", "least", "unit_importance"]
