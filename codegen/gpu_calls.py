@@ -37,9 +37,11 @@ class Calls:
                 return f"{reason} ({arch})" if len(self.archs) > 1 else reason
         return None
 
-    def replace(self, old: Node, spec: TritonSpec, call: Mapping[str, Any]) -> Node:
-        """Call a kernel of one result in place of a node; returns the call."""
-        node = self._emit(spec, call, old)
+    def replace(
+        self, old: Node, spec: TritonSpec, call: Mapping[str, Any], planner: str = ""
+    ) -> Node:
+        """Call a kernel of one result in place of a node; returns the call. planner: as below."""
+        node = self._emit(spec, call, old, planner)
         node.meta["val"] = old.meta["val"]
         self.editor.replace(old, node)
         return node
@@ -100,12 +102,13 @@ def concrete(call: Mapping[str, Any]) -> dict[str, Any]:
     Asking questions of symbolic sizes would bind them to the answers.
     """
     return {
-        name: _example(value.meta["val"]) if isinstance(value, fx.Node) else value
+        name: example(value.meta["val"]) if isinstance(value, fx.Node) else value
         for name, value in call.items()
     }
 
 
-def _example(value: Any) -> Any:
+def example(value: Any) -> Any:
+    """A tensor of the captured example's sizes on the meta device; other values as they are."""
     if not isinstance(value, Tensor):
         return _hint(value) if isinstance(value, torch.SymInt) else value
     sizes = [_hint(size) for size in value.shape]

@@ -40,6 +40,7 @@ def lower_for_gpu(program: Program, arch: str | None = None) -> tuple[Program, l
 
 def _use_kernels(editor: Editor, arch: str | None) -> list[str]:
     from ..kernels.operator import this_arch
+    from .gpu_adapters import lower_adapters
     from .gpu_attention import lower_attentions
     from .gpu_calls import Calls
     from .gpu_products import lower_products, lower_tables
@@ -48,7 +49,8 @@ def _use_kernels(editor: Editor, arch: str | None) -> list[str]:
         return []
     calls = Calls(editor, (arch or this_arch(),), operators=True)
     lower_tables(calls)
-    return [*lower_attentions(calls), *lower_products(calls, dense=False)]
+    sentences = [*lower_attentions(calls), *lower_products(calls, dense=False)]
+    return [*sentences, *lower_adapters(calls)]
 
 
 def _use_flex(editor: Editor) -> list[str]:

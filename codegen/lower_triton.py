@@ -11,6 +11,7 @@ from ..ir.edit import Editor
 from ..ir.program import Node, Program
 from ..ir.text import value_names
 from .find_regions import find_regions, saved_bytes
+from .gpu_adapters import lower_adapters
 from .gpu_attention import lower_attentions, lower_rotaries
 from .gpu_calls import Calls
 from .gpu_products import fuse_epilogues, fuse_prologues, lower_products, lower_tables
@@ -46,7 +47,7 @@ def lower_for_triton(program: Program, archs: Sequence[str] = ("sm_80",)) -> Tri
     editor = Editor(lowered)
     calls = Calls(editor, archs)
     sentences = [*lower_products(calls), *lower_tables(calls)]
-    sentences += [*lower_rotaries(calls), *lower_attentions(calls)]
+    sentences += [*lower_rotaries(calls), *lower_attentions(calls), *lower_adapters(calls)]
     editor.sweep()
     fuse_epilogues(calls)
     result = TritonLowering(lowered, sentences)

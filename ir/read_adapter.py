@@ -115,12 +115,21 @@ def read_adapter(folder: str | Path) -> Adapter:
     return Adapter(folder.name, kind, config, tensors)
 
 
-def _refuse_variants(folder: Path, config: Mapping[str, Any]) -> None:
+def variants(config: Mapping[str, Any], inits: tuple[str, ...] = _INITS) -> dict[str, str]:
+    """Settings under which a LORA folder's factors are no plain branch: what, and why.
+
+    inits: initial values (the beginnings of their names) that changed the base weights.
+    """
     found = {flag: why for flag, why in _VARIANTS.items() if config.get(flag)}
     init = config.get("init_lora_weights")
-    changed = isinstance(init, str) and init.lower().startswith(_INITS)
-    if changed:
+    if isinstance(init, str) and init.lower().startswith(inits):
         found[f"init_lora_weights={init}"] = "what it took out of the base weights is not stored"
+    return found
+
+
+def _refuse_variants(folder: Path, config: Mapping[str, Any]) -> None:
+    found = variants(config)
+    changed = any(flag.startswith("init_lora_weights") for flag in found)
     if found:
         raise UnsupportedAdapter(
             f"the adapter {folder.name} has settings that change what its factors mean",
@@ -131,4 +140,4 @@ def _refuse_variants(folder: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-__all__ = ["KINDS", "Adapter", "AdapterMismatch", "UnsupportedAdapter", "read_adapter"]
+__all__ = ["KINDS", "Adapter", "AdapterMismatch", "UnsupportedAdapter", "read_adapter", "variants"]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .adapter_folder import read_adapter_config, read_adapter_tensors
 from .errors import PlanishError
-from .read_adapter import Adapter
+from .read_adapter import Adapter, variants
 
 _TENSORS = "adapter_model.safetensors"
 _BASE = ".base_layer.weight"  # PEFT saves embeddings and heads beside their adapters
@@ -26,14 +26,11 @@ _FLAGS = {
     "modules_to_save": "whole modules are replaced",
     "target_parameters": "parameters that are no modules are adapted",
     "trainable_token_indices": "rows of the embedding are replaced",
-    "layer_replication": "layers are repeated",
-    "use_qalora": "its factors act on pooled inputs",
-    "arrow_config": "tokens choose among adapters",
-    "alora_invocation_tokens": "it begins in the middle of the text",
-    "corda_config": "its base weights were changed too",
-    "eva_config": "",
-    "loftq_config": "",
 }
+
+
+# Initial values that were taken out of the base weights; a merge can do that again, a branch not.
+_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq", "mica")
 
 
 class CannotServe(PlanishError):
@@ -69,7 +66,8 @@ def _refuse_variants(name: str, config: Mapping[str, Any]) -> None:
             found=str(config.get("peft_type")),
             fix="merge it: merge_adapters",
         )
-    found = {flag: why for flag, why in _FLAGS.items() if why and config.get(flag)}
+    found = variants(config, _INITS)
+    found |= {flag: why for flag, why in _FLAGS.items() if config.get(flag)}
     if config.get("bias", "none") != "none":
         found["bias"] = "biases of the base are replaced"
     if found:

@@ -23,6 +23,7 @@ from .lora_tiles import (
     lora_row_shrink_kernel,
     lora_shrink_kernel,
 )
+from .operand_views import as_rows
 from .operator import define
 from .spec import Cost
 from .triton_spec import TritonSpec
@@ -51,18 +52,21 @@ def lora(
 ) -> Tensor:
     """y[i] + scale[n] * b[n] @ (a[n] @ x[i]) where n = adapters[i]; y[i] where that is negative.
 
-    y: [rows, out]; x: [rows, in]; a: [adapters, rank, in]; b: [adapters, out, rank] (an adapter of
-    a lower rank is padded by zeros); scale: [adapters]; adapters: int32 [rows]. order: int32
-    [rows], the rows sorted by adapter; it says how to compute, never what. Returns [rows, out].
+    y: [..., out]; x: [..., in], of as many rows; a: [adapters, rank, in]; b: [adapters, out, rank]
+    (an adapter of a lower rank is padded by zeros); scale: [adapters]; adapters: int32 [rows].
+    order: int32 [rows], the rows sorted by adapter; it says how to compute, never what. Returns
+    y's shape and dtype.
     """
     del order
     wide = torch.promote_types(x.dtype, torch.float32)
     chosen = adapters.to(torch.int64)
     has = (chosen >= 0)[:, None]
     chosen = chosen.clamp_min(0)
-    low = torch.einsum("mri,mi->mr", a[chosen].to(wide), x.to(wide))
+    rows = x.reshape(-1, x.shape[-1]).to(wide)
+    low = torch.einsum("mri,mi->mr", a[chosen].to(wide), rows)
     update = torch.einsum("mor,mr->mo", b[chosen].to(wide), low) * scale[chosen, None].to(wide)
-    return (y.to(wide) + torch.where(has, update, 0)).to(y.dtype)
+    update = torch.where(has, update, 0).reshape(y.shape)
+    return (y.to(wide) + update).to(y.dtype)
 
 
 def plan(
@@ -78,6 +82,8 @@ def plan(
     arch: str = "sm_80",
 ) -> Plan:
     """With `order` by tiles of rows, without by rows; x and y with rows of any stride."""
+    out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    y, x = as_rows(y, y.shape[-1]), as_rows(x, x.shape[-1])
     rows, columns = x.shape
     rank = a.shape[1]
     chosen = config or default_config(rows, arch)
@@ -88,7 +94,6 @@ def plan(
         blocks, step = triton.cdiv(rows, tile["BM"]), tile["BK"]
     parts = part_count(blocks, triton.cdiv(columns, step), arch)
     share = triton.cdiv(triton.cdiv(columns, step), parts) * step
-    out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     low = torch.empty((parts, rows, rank), dtype=torch.float32, device=y.device)
     shrink = {
         "X": x,
@@ -108,7 +113,7 @@ def plan(
         "SCALE": scale,
         "ADAPTERS": adapters,
         "Y": y,
-        "OUT": out,
+        "OUT": out.view(y.shape),
         "rows": rows,
         "columns": y.shape[1],
         "parts": parts,
@@ -219,8 +224,9 @@ def why_not(
     strided = (y, x, a, b, scale, adapters, *([] if order is None else [order]))
     if any(t.shape[-1] > 1 and t.stride(-1) != 1 for t in strided):
         return "its columns do not lie side by side"
-    if order is None and x.shape[0] > 65535:
-        return f"its {x.shape[0]} rows are not sorted by adapter"
+    rows = x.numel() // x.shape[-1]
+    if order is None and rows > 65535:
+        return f"its {rows} rows are not sorted by adapter"
     return None
 
 
@@ -234,7 +240,7 @@ def cost(
     order: Tensor | None = None,
 ) -> Cost:
     """Rows in and out, and each adapter once where there is a row for it; both products."""
-    rank, rows = a.shape[1], x.shape[0]
+    rank, rows = a.shape[1], x.numel() // x.shape[-1]
     used = min(rows, a.shape[0])
     moved = used * (a[:1].numel() + b[:1].numel()) * a.element_size()
     moved += x.numel() * x.element_size() + 2 * y.numel() * y.element_size()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import random_programs
 import torch
+import two_adapters
 import zoo
 from coded_model import IDS, coded, in_format
 from hypothesis import given, settings
@@ -202,6 +203,26 @@ def test_a_decoder_with_its_cache(tmp_path: Path) -> None:
     assert_as_good(program, prefill, got)
     decode = [ids[:, 8:], *got[1:]]
     assert_as_good(program, decode, interpreted(program, decode, second))
+
+
+@pytest.mark.parametrize("length", [3, 9])
+@pytest.mark.parametrize("packed", [False, True])
+def test_adapters_kept_apart(packed: bool, length: int, tmp_path: Path) -> None:
+    """Few rows: a program each; many: tiles of rows sorted by adapter. The base may be packed."""
+    two_adapters.saved("llama", tmp_path)
+    program = two_adapters.base("llama")
+    if packed:
+        step = QuantizeWeights(bits=4, remainder="short", skip="lm_head*")
+        program = Pipeline([step]).run(program)
+    program = two_adapters.served(program, tmp_path)
+    ids = zoo.build("llama").other_inputs(batch=4, length=length)
+    inputs = [*ids.values(), torch.tensor([1, -1, 0, 1], dtype=torch.int32)]
+    package, launched = tmp_path / "package", list[str]()
+    package.mkdir()
+    got = interpreted(program, inputs, package, launched)
+    form = "lora_row_shrink_kernel" if length == 3 else "lora_shrink_kernel"
+    assert launched.count(form) == 4 and sum("lora" in name for name in launched) == 2 * 4
+    assert_as_good(program, inputs, got)
 
 
 @pytest.mark.parametrize("length", [7, 30])

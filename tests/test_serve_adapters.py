@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 from typing import Any
 
 import build
 import onnxruntime as ort
-import peft
 import planish.ir.adapter_op
 import pytest
 import torch
@@ -17,59 +15,21 @@ import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from planish.codegen.torch_cpu import compile_program
-from planish.ir.capture import capture_module
 from planish.ir.errors import PickleRefused, WrongOption
 from planish.ir.interpret import run
 from planish.ir.pattern import op
-from planish.ir.program import Program
 from planish.ir.read_lora import CannotServe
 from planish.ir.text import program_text
 from planish.ir.yardstick import WIDE_LIMIT
 from planish.passes.insert_kv_cache import InsertKvCache, empty_past
 from planish.passes.pipeline import Pipeline
 from planish.passes.serve_adapters import ServeAdapters
-from planish.recipes import pipeline
 from safetensors.torch import save_file
 from torch import Tensor
+from two_adapters import TARGETS, base, saved, served
 
 assert planish.ir.adapter_op
 ADAPTERS = torch.ops.planish.adapters
-
-
-@functools.cache
-def base(name: str) -> Program:
-    made = zoo.build(name, "sdpa", layers=1)
-    return pipeline("raise").run(capture_module(made.model, (), made.kwargs))
-
-
-TARGETS = {
-    "llama": (["q_proj", "down_proj"], ["v_proj", "q_proj", "lm_head"]),
-    "gpt2": (["c_attn"], ["c_attn", "mlp.c_proj"]),
-    "bert": (["query"], ["query", "output.dense"]),
-}
-
-
-def saved(name: str, folder: Path) -> list[Any]:
-    """Two models of one base with adapters of other ranks, factors and modules."""
-    models: list[Any] = []
-    for place, modules in enumerate(TARGETS[name]):
-        torch.manual_seed(place)
-        config = peft.LoraConfig(
-            r=2 + place,
-            target_modules=modules,
-            init_lora_weights=False,
-            use_rslora=bool(place),
-            alpha_pattern={modules[0]: 5},
-            fan_in_fan_out=name == "gpt2",
-        )
-        model = peft.get_peft_model(zoo.build(name, "sdpa", layers=1).model, config).eval()
-        model.save_pretrained(folder / str(place))
-        models.append(model)
-    return models
-
-
-def served(program: Program, folder: Path) -> Program:
-    return Pipeline([ServeAdapters(f"{folder / '0'}; {folder / '1'}")]).run(program)
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -217,6 +177,8 @@ def test_bad_adapters(tmp_path: Path) -> None:
         Pipeline([ServeAdapters()]).run(base("llama"))
     refused("use_dora: DoRA scales the whole weight", use_dora=True)
     refused("modules_to_save", modules_to_save=["lm_head"])
+    refused("init_lora_weights=pissa: what it took out", init_lora_weights="pissa")
+    refused("use_qalora: its factors act on pooled inputs", use_qalora=True)
     refused("LOHA", peft_type="LOHA")
     elsewhere = {key.replace("layers.0", "layers.7"): value for key, value in good.items()}
     refused(r"layers\.7\.self_attn\.q_proj has no matmul", elsewhere)
