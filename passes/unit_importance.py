@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 from torch import Tensor
 
 from ..ir.channel_map import ChannelMap
 from ..ir.program import Node, Program
 from ..ir.prunable_units import Unit
 from .calibrate import observe, product_sites
+from .choose_units import least
 from .contract import Context
 from .unit_gradients import unit_gradients
 
@@ -81,12 +81,6 @@ def _moments(program: Program, context: Context) -> dict[str, Tensor]:
 
 def _new(node: Node) -> _MeanSquare:
     return _MeanSquare()
-
-
-def least(scores: Sequence[float], count: int) -> list[int]:
-    """The places of the `count` smallest scores; of equals the earlier."""
-    order = np.argsort(np.asarray(scores), kind="stable")
-    return sorted(int(place) for place in order[:count])
 
 
 __all__ = ["CALIBRATED", "MEASURES", "OF_LOSS", "least", "unit_importance"]

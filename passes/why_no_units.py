@@ -1,0 +1,42 @@
+"""Why nothing of a kind may be cut: which weight, and which other use of it forbids the cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from ..ir.channel_map import ChannelMap
+from ..ir.prunable_units import Kind
+
+_WORDS: dict[str, str] = {
+    "heads": "no attention with several heads was found",
+    "queries": "no key head with several query heads was found",
+    "ffn": "no product was found whose channels another product reads",
+    "width": "no stream was found that starts at a table, which products write and read",
+}
+
+
+def why_no_units(channels: ChannelMap, kind: Kind) -> str:
+    """One sentence."""
+    attended = set(_attended(channels))
+    read = {int(root) for key in channels.absorbs for root in np.unique(channels.axes[key])}
+    for (name, axis), made in channels.produces.items():
+        roots = [int(root) for root in np.unique(channels.axes[name, axis]) if root]
+        ours = {
+            "width": made == "table",
+            "ffn": made == "product" and read >= set(roots) and not attended & set(roots),
+        }.get(kind, made == "product" and bool(attended & set(roots)))
+        blocked = next((root for root in roots if root in channels.blocked), None)
+        if ours and blocked is not None:
+            return f"{name} cannot lose channels: {channels.blocked[blocked]}"
+    return _WORDS.get(kind, f"no {kind} were found")
+
+
+def _attended(channels: ChannelMap) -> Iterable[int]:
+    for heads in channels.attentions:
+        for part in (heads.query, heads.key, heads.value, heads.out):
+            yield from np.unique(part).tolist()
+
+
+__all__ = ["why_no_units"]
