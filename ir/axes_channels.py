@@ -6,6 +6,7 @@ a stride of 0, so they take no memory, and everything here looks at one row of s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -53,10 +54,17 @@ def fit(ids: Tensor, shape: list[int]) -> Tensor | None:
 
 @dataclass
 class Channels:
-    """Numbers handed out, and what is known of them. The number 0 is no channel."""
+    """Numbers handed out, and what is known of them. The number 0 is no channel.
+
+    covers, pools: pairs [2, n] of (coarse, fine), see `axes_covers`; the pairs of a pool are one
+    entry, noted in parts. known: the channel that covers a sorted set of channels.
+    """
 
     count: int = 1
     rows: list[Numbers] = field(default_factory=list[Numbers])
+    covers: list[Numbers] = field(default_factory=list[Numbers])
+    pools: dict[str, list[Numbers]] = field(default_factory=dict[str, list[Numbers]])
+    known: dict[bytes, int] = field(default_factory=dict[bytes, int])
     _blocked: set[int] = field(default_factory=set[int])
     _pairs: list[Numbers] = field(default_factory=list[Numbers])
     _blocks: list[tuple[Numbers, str]] = field(default_factory=list[tuple[Numbers, str]])
@@ -102,9 +110,9 @@ class Channels:
         seen = narrowed(ids)[0]
         self.rows.append(seen.reshape(-1, seen.shape[-1]).unique(dim=0).numpy())
 
-    def solve(self) -> Classes:
-        """Which channels are one."""
-        roots = _components(self.count, self._pairs)
+    def solve(self, more: Sequence[Numbers] = ()) -> Classes:
+        """Which channels are one. more: pairs [2, n] that are one besides."""
+        roots = _components(self.count, [*self._pairs, *more])
         return Classes(roots, _first(roots, self._blocks), _all(roots, self._marks))
 
 

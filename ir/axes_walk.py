@@ -21,7 +21,7 @@ from .positional import contents_read, free_sizes, is_size, size_at
 from .program import Node, Program
 from .text import op_text
 
-Mode = Literal["scale", "width"]
+Mode = Literal["scale", "width", "cut"]
 Reading = tuple[Node, Node]  # a product, and the activation that it multiplies
 Rule = Callable[["ChannelWalk", Node], Any]
 
@@ -35,8 +35,10 @@ class ChannelWalk:
 
     produces: (weight, axis) whose entries make channels; absorbs: (weight, axis) whose entries
     read them, with the products that do. offsets: what is added to a weight before it multiplies
-    (1 in norms that store weight - 1). rules: what each operation does to channels; pointwise: the
-    rule of all other pointwise operations where factors do not matter.
+    (1 in norms that store weight - 1). bare: (reader, what it reads) -> the channels of a value
+    that has none of its own, or whose readers may each leave some of it unread. rules: what each
+    operation does to channels; pointwise: the rule of all other pointwise operations where factors
+    do not matter.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class ChannelWalk:
         self.absorbs: dict[tuple[str, int], list[Reading]] = {}
         self.offsets: dict[str, float] = {}
         self.pins: dict[tuple[str, int], str] = {}
+        self.bare: dict[tuple[Node, Node], Tensor] = {}
         self._axes: dict[tuple[str, int], Tensor] = {}
         self._values: dict[Node, Any] = {}
         symbols = sorted(free_sizes(program).items(), key=lambda item: str(item[0]))

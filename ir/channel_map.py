@@ -5,8 +5,8 @@ Axis flow (`axes`) gives every element of every value its channel. Here the walk
 attention, and why some classes must stay. A root is a number that means nothing by itself; the
 sets of roots that people cut are found by looking at weight axes and heads.
 
-Channels that several others share are one with them: the query heads of a key head go together, and
-so do all heads under a norm whose weight has one entry per head channel.
+What several channels share covers them (`axes_covers`): a norm's weight of one entry per head
+channel covers that channel of every head, a key head its query heads. It goes when all of them go.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from torch import Tensor
 
 from .axes import Flow
 from .axes_channels import Numbers
+from .axes_covers import Covers, settle
+from .axes_weights import WeightView
 from .pattern import bound_arguments
 from .program import Node, Program
 
@@ -36,9 +38,7 @@ Key = tuple[str, int]
 class AttentionHeads:
     """The channels of one attention, as roots (0: an element without a channel).
 
-    query [heads, d], key [kv heads, d], value [kv heads, dv], out [heads, dv]. What a head has
-    besides (a row of a bias table, a sink, a slope) is not followed; a cut that needs it is
-    refused.
+    query [heads, d], key [kv heads, d], value [kv heads, dv], out [heads, dv].
     """
 
     node: Node
@@ -59,7 +59,9 @@ class ChannelMap:
 
     axes: (weight, axis) -> the root of each entry, int64 [size]. produces, absorbs: which of them
     make channels and which read them. offsets: what is added to a weight before it multiplies (1 in
-    norms that store weight - 1). blocked: root -> why it may not be cut (one sentence).
+    norms that store weight - 1). blocked: root -> why it may not be cut (one sentence). bare: (a
+    node, what it reads) -> the roots of what the node needs of that value, where the value has none
+    of its own or others read other parts of it.
     """
 
     axes: Mapping[Key, Numbers]
@@ -68,6 +70,8 @@ class ChannelMap:
     produces: Mapping[Key, str]
     absorbs: frozenset[Key]
     offsets: Mapping[str, float]
+    bare: Mapping[tuple[Node, Node], Tensor] = field(repr=False)
+    _covers: Covers = field(repr=False)
     _values: Mapping[Node, Any] = field(repr=False)
     _roots: Numbers = field(repr=False)
 
@@ -79,15 +83,28 @@ class ChannelMap:
             return None
         return _spread_roots(self._roots, held)
 
-    def parts(self, node: Node) -> list[Tensor]:
-        """The roots of a value's elements, or of each of several values; empty without channels."""
+    def kept(self, node: Node, gone: Numbers) -> list[Tensor]:
+        """Which elements of a value stay when the classes `gone` go, bool of its shape, or of each
+        of several values; empty without channels."""
         held = self._values.get(node)
+        if isinstance(held, WeightView):
+            return [self._kept_of(held, gone)]
         held = held if isinstance(held, (tuple, list)) else [held]
-        return [_spread_roots(self._roots, part) for part in held if isinstance(part, Tensor)]
+        parts = [_spread_roots(self._roots, part) for part in held if isinstance(part, Tensor)]
+        return [stays(part, gone) for part in parts]
+
+    def _kept_of(self, view: WeightView, gone: Numbers) -> Tensor:
+        mask = torch.ones(view.shape, dtype=torch.bool)
+        for axis, place in enumerate(view.axes):
+            roots = self.axes.get((view.name, place.axis)) if place is not None else None
+            if place is not None and roots is not None:
+                stay = ~np.isin(roots, gone)[place.index.numpy()]
+                mask = mask & torch.from_numpy(stay).reshape([-1, *[1] * (mask.dim() - axis - 1)])
+        return mask
 
     def closure(self, dead: Iterable[int]) -> frozenset[int]:
-        """The roots that go when these go: themselves, without 0."""
-        return frozenset(int(root) for root in dead) - {0}
+        """The roots that go when these go: with what they cover, and what covers only them."""
+        return self._covers.closure(dead)
 
     def dead_entries(self, dead: Iterable[int]) -> dict[str, dict[int, Tensor]]:
         """weight -> axis -> bool [size], True where the entry goes; of axes that lose some."""
@@ -111,8 +128,13 @@ def channel_map(program: Program) -> ChannelMap:
     def keep(node: Node, value: Any) -> None:
         values[node] = value
 
-    flow = Flow(program, "width", keep)
-    classes = flow.channels.solve()
+    flow = Flow(program, "cut", keep)
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "get_attr" and isinstance(value, Tensor):
+            name = program.weights.canonical(str(node.target))
+            values[node] = WeightView.whole(name, [int(size) for size in value.shape])
+    classes, covers = settle(flow.channels)
     roots = classes.roots
     axes = {key: roots[ids.numpy()] for key, ids in flow.weight_axes.items()}
     attentions = [
@@ -127,6 +149,8 @@ def channel_map(program: Program) -> ChannelMap:
         dict(flow.produces),
         frozenset(flow.absorbs),
         dict(flow.offsets),
+        {key: _spread_roots(roots, ids) for key, ids in flow.bare.items()},
+        covers,
         values,
         roots,
     )
@@ -142,6 +166,15 @@ def _heads(node: Node, values: Mapping[Node, Any], roots: Numbers) -> AttentionH
     return AttentionHeads(node, *rows)
 
 
+def stays(roots: Tensor, gone: Numbers) -> Tensor:
+    """Where none of the classes `gone` is, kept spread where the roots are."""
+    seen = roots
+    for axis in range(roots.dim()):
+        if roots.shape[axis] > 1 and roots.stride(axis) == 0:
+            seen = seen.narrow(axis, 0, 1)
+    return torch.from_numpy(~np.isin(seen.numpy(), gone)).expand(roots.shape)
+
+
 def _spread_roots(roots: Numbers, ids: Tensor) -> Tensor:
     """Roots of channel numbers, kept spread where the numbers were."""
     seen = ids
@@ -151,4 +184,4 @@ def _spread_roots(roots: Numbers, ids: Tensor) -> Tensor:
     return torch.from_numpy(roots[seen.numpy()]).expand(ids.shape)
 
 
-__all__ = ["AttentionHeads", "ChannelMap", "Key", "channel_map"]
+__all__ = ["AttentionHeads", "ChannelMap", "Key", "channel_map", "stays"]

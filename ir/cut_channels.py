@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .channel_map import ChannelMap, channel_map
+from .channel_map import AttentionHeads, ChannelMap, channel_map, stays
 from .cut_graph import CannotCut, LiteralSizes, cannot_cut, kept_sizes, set_argument
 from .edit import Editor, infer
 from .pattern import bound_arguments
@@ -70,18 +70,21 @@ class _Cut:
             )
         for node in self.program.graph.nodes:
             self._mask(node)
+        for heads in self.channels.attentions:
+            self._same_share(heads)
         literals = LiteralSizes(self.masks)
         for node in list(self.program.graph.nodes):
             if node.op == "call_function":
                 if self.norms == "kept":
                     self._keep_statistics(node)
                 literals.change(node)
+        for (node, read), roots in self.channels.bare.items():
+            self._read_less(node, read, stays(roots, self.gone))
         self._cut_weights()
         self._infer()
 
     def _mask(self, node: Node) -> None:
-        parts = self.channels.parts(node)
-        masks = [torch.from_numpy(~np.isin(part.numpy(), self.gone)) for part in parts]
+        masks = self.channels.kept(node, self.gone)
         if not all(bool(mask.all()) for mask in masks):
             several = isinstance(node.meta.get("val"), (tuple, list))
             self.masks[node] = masks if several else masks[0]
@@ -91,6 +94,38 @@ class _Cut:
                     raise cannot_cut(node, "its heads or parts would keep different numbers")
                 if 0 in sizes:
                     raise cannot_cut(node, "nothing of it would be left")
+
+    def _same_share(self, heads: AttentionHeads) -> None:
+        """Query head i reads key head i // groups, so each key head must keep as many of them."""
+        queries, keys = ((~np.isin(part, self.gone)).any(-1) for part in (heads.query, heads.key))
+        kept = queries.reshape(len(heads.key), -1).sum(-1)
+        if (kept[~keys] > 0).any() or len(set(kept[keys].tolist())) > 1:
+            raise cannot_cut(heads.node, "its key heads would serve different numbers of queries")
+
+    def _read_less(self, node: Node, read: Node, wanted: Tensor) -> None:
+        """The node reads only the wanted places of a value that is as it was, or is cut less."""
+        there = self.masks.get(read)
+        there = there if isinstance(there, Tensor) else torch.ones_like(wanted)
+        taken = read
+        for axis in range(wanted.dim()):
+            others = [a for a in range(wanted.dim()) if a != axis]
+            stay, has = (m.sum(others) > 0 if others else m for m in (wanted & there, there))
+            if bool((stay == has).all()):
+                continue
+            places = stay[has].nonzero().flatten()
+            with self.editor.graph.inserting_before(node):
+                taken = self._choose(taken, axis, places)
+            taken.meta = {"module": node.meta.get("module", "")}
+        if taken is not read:
+            node.replace_input_with(read, taken)
+
+    def _choose(self, value: Node, axis: int, places: Tensor) -> Node:
+        first, end = int(places[0]), int(places[-1]) + 1
+        graph = self.editor.graph
+        if end - first == len(places):
+            return graph.call_function(_ATEN.slice.Tensor, (value, axis, first, end))
+        kept = self.editor.weight("kept_places", places)
+        return graph.call_function(_ATEN.index_select.default, (value, axis, kept))
 
     # norms
 

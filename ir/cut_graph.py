@@ -235,6 +235,13 @@ def _mixes(cut: LiteralSizes, node: Node) -> None:
         raise cannot_cut(node, "it depends on how many channels there are")
 
 
+def _grouped(cut: LiteralSizes, node: Node) -> None:
+    """A convolution of each channel on its own has as many groups as channels."""
+    given = bound_arguments(node)
+    if cut.lost(given["input"], 1) and given["groups"] > 1:
+        set_argument(node, "groups", cut.size(node, given["input"], 1))
+
+
 def _refused(cut: LiteralSizes, node: Node) -> None:
     raise cannot_cut(node, "it is not followed when channels are cut")
 
@@ -260,6 +267,9 @@ _HANDLERS: dict[Any, Callable[[LiteralSizes, Node], None]] = {
     _ATEN.softmax.int: _mixes,
     _ATEN._softmax.default: _mixes,
     _ATEN.var.correction: _mixes,
+    _ATEN.conv1d.default: _grouped,
+    _ATEN.conv2d.default: _grouped,
+    _ATEN.convolution.default: _grouped,
     _ATEN.group_norm.default: _refused,
     _ATEN.roll.default: _refused,
     _ATEN.unfold.default: _refused,

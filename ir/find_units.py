@@ -3,7 +3,8 @@
 Read from the channel map alone. An FFN channel is made by a product and read by another one that
 makes no queries, keys or values of it (those are latent channels of a projection), and is neither
 of an attention nor of the residual stream. A head group is a key head, its value head and all query
-heads that read them, so that what is left is a legal attention.
+heads that read them, so that what is left is a legal attention. A unit of query heads is one of
+each key head, so that all key heads keep as many; where there is one key head, these are its heads.
 """
 
 from __future__ import annotations
@@ -18,13 +19,17 @@ from .prunable_units import Kind, Unit
 
 
 def find_units(program: Program, channels: ChannelMap, kinds: Iterable[Kind]) -> list[Unit]:
-    """The units of the given kinds (ffn, heads, width), group by group in graph order."""
+    """The units of the given kinds (ffn, heads, queries, width), group by group in graph order."""
     found: list[Unit] = []
     wanted = set(kinds)
     costs = _costs(program, channels)
     if "heads" in wanted:
         for heads in channels.attentions:
-            found += _head_groups(channels, heads, costs)
+            several = len(heads.key) > 1
+            found += (_head_groups if several else _queries)(channels, heads, costs, "heads")
+    if "queries" in wanted:
+        for heads in channels.attentions:
+            found += _queries(channels, heads, costs, "queries")
     if "ffn" in wanted:
         found += _ffn(channels, costs)
     if "width" in wanted:
@@ -46,25 +51,64 @@ def _costs(program: Program, channels: ChannelMap) -> dict[int, int]:
 def _unit(
     channels: ChannelMap, kind: Kind, group: str, roots: set[int], costs: dict[int, int], label: str
 ) -> list[Unit]:
-    roots = roots - {0}
-    if not roots or any(root in channels.blocked for root in roots):
+    gone = channels.closure(roots)
+    if not gone or not channels.blocked.keys().isdisjoint(gone):
         return []
-    return [Unit(kind, group, frozenset(roots), sum(costs.get(r, 0) for r in roots), label)]
+    return [Unit(kind, group, gone, sum(costs.get(r, 0) for r in gone), label)]
 
 
-def _head_groups(channels: ChannelMap, heads: AttentionHeads, costs: dict[int, int]) -> list[Unit]:
-    where = str(heads.node.meta.get("module", "")) or heads.node.name
+def _head_groups(
+    channels: ChannelMap, heads: AttentionHeads, costs: dict[int, int], kind: Kind
+) -> list[Unit]:
+    """Key head by key head."""
+    groups = heads.groups
+    parts = [
+        {*heads.key[place].tolist(), *heads.value[place].tolist()}.union(
+            *(_of_query(heads, q) for q in range(place * groups, (place + 1) * groups))
+        )
+        for place in range(len(heads.key))
+    ]
+    return _alternatives(channels, kind, _module(heads), parts, costs, "head group")
+
+
+def _queries(
+    channels: ChannelMap, heads: AttentionHeads, costs: dict[int, int], kind: Kind
+) -> list[Unit]:
+    """One query head of each key head."""
+    groups = heads.groups
+    parts = [
+        set[int]().union(*(_of_query(heads, q) for q in range(place, len(heads.query), groups)))
+        for place in range(groups)
+    ]
+    return _alternatives(channels, kind, _module(heads), parts, costs, "query head")
+
+
+def _of_query(heads: AttentionHeads, query: int) -> set[int]:
+    return {*heads.query[query].tolist(), *heads.out[query].tolist()}
+
+
+def _module(heads: AttentionHeads) -> str:
+    return str(heads.node.meta.get("module", "")) or heads.node.name
+
+
+def _alternatives(
+    channels: ChannelMap,
+    kind: Kind,
+    group: str,
+    parts: list[set[int]],
+    costs: dict[int, int],
+    what: str,
+) -> list[Unit]:
+    """A unit for each part; none if two share a channel, or if one of them may not go."""
     found: list[Unit] = []
     taken: set[int] = set()
-    for place in range(len(heads.key)):
-        roots = {*heads.key[place].tolist(), *heads.value[place].tolist()}
-        for query in range(place * heads.groups, (place + 1) * heads.groups):
-            roots |= {*heads.query[query].tolist(), *heads.out[query].tolist()}
-        if roots & taken - {0}:
-            return []  # heads share channels (a norm over head channels), so none may go alone
-        taken |= roots
-        found += _unit(channels, "heads", where, roots, costs, f"{where} head group {place}")
-    return found if len(found) == len(heads.key) > 1 else []
+    for place, roots in enumerate(parts):
+        units = _unit(channels, kind, group, roots - {0}, costs, f"{group} {what} {place}")
+        if not units or taken & units[0].roots:
+            return []
+        taken |= units[0].roots
+        found += units
+    return found if len(found) > 1 else []
 
 
 def _ffn(channels: ChannelMap, costs: dict[int, int]) -> list[Unit]:

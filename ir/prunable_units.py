@@ -1,4 +1,4 @@
-"""Units of a program that can be cut: heads, FFN channels, residual width, experts.
+"""Units of a program that can be cut: heads, query heads, FFN channels, residual width, experts.
 
 A unit is a set of channel classes (`channel_map`) that must go together and may go alone. Units of
 one group are alternatives of each other in one place: the channels of one feed-forward layer, the
@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["heads", "ffn", "width", "embedding", "experts", "layers"]
+Kind = Literal["heads", "queries", "ffn", "width", "embedding", "experts", "layers"]
 
 
 @dataclass(frozen=True)
