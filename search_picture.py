@@ -19,7 +19,7 @@ def draw_picture(found: Found, file: Path) -> Path:
     The line is the relaxation's frontier, which no allocation can be below; the crosses are one
     format for all weights. Raises MissingExtra, OutputNotWritable.
     """
-    figures, canvas = _matplotlib()
+    figures, canvas = import_matplotlib()
     figure: Any = figures.Figure(figsize=(7.2, 4.6), layout="constrained")
     axes: Any = figure.add_subplot()
     total = sum(each.count for each in found.classes)
@@ -57,10 +57,11 @@ def draw_picture(found: Found, file: Path) -> Path:
 
 def check_picture() -> None:
     """Raise MissingExtra now and not after an hour."""
-    _matplotlib()
+    import_matplotlib()
 
 
-def _matplotlib() -> tuple[ModuleType, ModuleType]:
+def import_matplotlib() -> tuple[ModuleType, ModuleType]:
+    """The modules figure and backend_agg; raises MissingExtra."""
     try:
         from matplotlib import figure
         from matplotlib.backends import backend_agg
@@ -73,4 +74,4 @@ def _matplotlib() -> tuple[ModuleType, ModuleType]:
     return figure, backend_agg
 
 
-__all__ = ["check_picture", "draw_picture"]
+__all__ = ["check_picture", "draw_picture", "import_matplotlib"]
