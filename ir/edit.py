@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.node import map_arg
 
 from .errors import PatternError
+from .infer_values import Inference
 from .program import Node, Program
 from .weights import Entry
 
@@ -142,15 +141,7 @@ def _drops_nothing(node: Node) -> bool:
 
 def infer(node: Node, mode: FakeTensorMode) -> Any:
     """The value of a node on the fake values of its arguments."""
-
-    def value(argument: Node) -> Any:
-        return argument.meta["val"]
-
-    args = map_arg(node.args, value)
-    kwargs = map_arg(node.kwargs, value)
-    # Some shape rules take symbolic sizes only through the Python dispatcher (baddbmm's expand).
-    with torch.no_grad(), mode, enable_python_dispatcher():
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+    return Inference.of(mode).call(node)
 
 
 def shape(node: Node) -> list[Any]:

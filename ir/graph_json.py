@@ -132,7 +132,7 @@ def graph_from_json(
 ) -> fx.Graph:
     """Build the graph again, every value inferred. Raises CorruptFile, OperatorRefused."""
     graph = fx.Graph()
-    values = Inference(FakeTensorMode(shape_env=sizes.env, allow_non_fake_inputs=True))
+    values = Inference.of(FakeTensorMode(shape_env=sizes.env, allow_non_fake_inputs=True))
     sources = cast("list[str]", form["sources"])
     nodes: dict[str, Node] = {}
     for entry in form["nodes"]:

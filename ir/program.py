@@ -81,12 +81,8 @@ class Program:
     def copy(self) -> Program:
         """A program whose graph and weight table can be edited without touching this one."""
         graph = fx.Graph()
-        mapping: dict[Node, Node] = {}
-        result = graph.graph_copy(self.graph, mapping)
-        copied = graph.output(result)
-        copied.meta = dict(self.output.meta)
-        for old, new in mapping.items():
-            new.meta = dict(old.meta)
+        result = graph.graph_copy(self.graph, {})  # with a copy of each node's meta
+        graph.output(result).meta = dict(self.output.meta)
         return Program(
             graph,
             self.weights.copy(),
