@@ -1,0 +1,88 @@
+"""onnxruntime's own quantization as contestants: dynamic int8 by optimum, packed weights."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+Told = Mapping[str, Any]
+
+IMPORTS = ["onnxruntime"]
+PACKAGES = ["onnxruntime", "onnx", "onnxscript", "optimum", "optimum-onnx", "torch", "transformers"]
+_NBITS = {"heat": "int8", "bits": 9, "head_bits": 9}
+CONTESTANTS: list[dict[str, Any]] = [
+    {
+        "name": "onnxruntime dynamic int8 (optimum)",
+        "kind": kind,
+        "heat": "int8",
+        "bits": 8,
+        "head_bits": 8,
+        "compute": "int8",
+        "options": {"how": "dynamic"},
+    }
+    for kind in ("decoder", "encoder")
+] + [
+    {
+        "name": f"onnxruntime MatMulNBits int{bits}",
+        "kind": "decoder",
+        "heat": f"int{bits}",
+        "bits": bits + 1,
+        "head_bits": bits + 1,
+        "compute": "int8",
+        "options": {"how": "nbits", "bits": bits},
+    }
+    for bits in (8, 4)
+]
+
+
+def prepare(options: Told, model: Told, out: Path) -> None:
+    """Export, then quantize."""
+    plain = out / "float32"
+    plain.mkdir()
+    _onnxruntime().export_onnx(model, plain)
+    if options["how"] == "dynamic":
+        _dynamic(plain, model, out)
+    else:
+        _nbits(plain, out, options["bits"])
+    shutil.rmtree(plain)
+
+
+def _dynamic(plain: Path, model: Told, out: Path) -> None:
+    from optimum.onnxruntime import ORTQuantizer
+    from optimum.onnxruntime.configuration import AutoQuantizationConfig
+
+    shutil.copy(Path(model["folder"]) / "config.json", plain)
+    config = AutoQuantizationConfig.avx512_vnni(is_static=False, per_channel=True)
+    quantizer = ORTQuantizer.from_pretrained(plain, file_name="model.onnx")
+    quantizer.quantize(save_dir=out, quantization_config=config, file_suffix="")
+
+
+def _nbits(plain: Path, out: Path, bits: int) -> None:
+    import onnx
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    model = onnx.load(plain / "model.onnx")
+    quantizer = MatMulNBitsQuantizer(
+        model, bits=bits, block_size=32, is_symmetric=bits == 8, accuracy_level=4
+    )
+    quantizer.process()
+    quantizer.model.save_model_to_file(str(out / "model.onnx"), True)
+
+
+def load(options: Told, model: Told, path: Path, threads: int) -> Any:
+    """An engine of bench_worker."""
+    return _onnxruntime().load(options, model, path, threads)
+
+
+def _onnxruntime() -> ModuleType:
+    """planish's file on onnxruntime, which imports nothing of planish."""
+    file = Path(__file__).resolve().parents[2] / "bench_onnxruntime.py"
+    spec = importlib.util.spec_from_file_location("bench_onnxruntime", file)
+    assert spec is not None and spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
