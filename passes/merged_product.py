@@ -53,7 +53,7 @@ def find_base(region: Region) -> Base | None:
     """The largest product of x itself with a plain weight, that leads to the root unprojected."""
     best: Base | None = None
     for node in region.products:
-        weight, turned = _plain(region.steps[node].weight, region.steps[node].turned)
+        weight, turned = plain_weight(region.steps[node].weight, region.steps[node].turned)
         if weight.op != "get_attr":
             continue
         below, above = _down(node, region), _up(node, region)
@@ -65,7 +65,7 @@ def find_base(region: Region) -> Base | None:
     return best
 
 
-def _plain(weight: Node, turned: bool) -> tuple[Node, bool]:
+def plain_weight(weight: Node, turned: bool) -> tuple[Node, bool]:
     """The weight below a transposition, and whether it is kept as [out, in]."""
     last = ([-2, -1], [0, 1]) if weight.meta["val"].dim() == 2 else ([-2, -1],)
     target: Any = weight.target
@@ -125,7 +125,7 @@ def put_in_place(editor: Editor, region: Region, base: Base, bias: Node | None) 
             value = _again(editor, node, below, value, base, bias)
         editor.module = region.root.meta.get("module", "")
         for other, factor in region.others:
-            value = _added(editor, value, other, factor)
+            value = added(editor, value, other, factor)
     return value
 
 
@@ -146,7 +146,7 @@ def _again(
     return editor.emit(node.target, *filled, **kwargs)
 
 
-def _added(editor: Editor, value: Node, other: Any, factor: float) -> Node:
+def added(editor: Editor, value: Node, other: Any, factor: float) -> Node:
     if not isinstance(other, Node):
         return editor.emit(_ATEN.add.Tensor, value, factor * other)
     if factor == 1:

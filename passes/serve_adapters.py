@@ -3,7 +3,8 @@
 Before: `%y = linear(%x, %W)`. After: `%y = adapters(linear(%x, %W), %x, %A, %B, %scale, %adapter)`
 with all adapters' factors stacked, and one more keyword input, `adapter` int32[batch]; -1 is the
 base alone. Row for row equal to running the base with that adapter: a row's sums read nothing of
-the other rows. The base's weights stay as they are, encoded or not.
+the other rows. The base's weights stay as they are, encoded or not. With `branches` the adapters
+are those that the graph holds (`serve_branches`), each beside the product that it was added to.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ..ir.pattern import bound_arguments
 from ..ir.program import Node, Program
 from ..ir.read_lora import CannotServe, LoraFactors, read_lora
 from .contract import Context, Pass, contract
+from .serve_branches import adapter_names, find_branches, put_adapters
 
 _ATEN = torch.ops.aten
 ADAPTER = "adapter"
@@ -38,21 +40,29 @@ _MOST_TOLD = 10
 class ServeAdapters(Pass):
     """Keep the LoRA folders of `adapters` ("PATH;PATH") apart, chosen by the input `adapter`.
 
-    Index 0 is the first folder; -1 none.
+    Index 0 is the first folder; -1 none. branches: instead of folders, the low-rank branches that
+    were captured with the model; those of one name are one adapter, the first found has index 0.
     """
 
     adapters: str = ""
+    branches: bool = False
 
     contract = contract("bounded", requires=["functional"], changes_interface=True)
 
     def run(self, program: Program, context: Context) -> None:
         folders = [part.strip() for part in self.adapters.split(";") if part.strip()]
-        if not folders:
+        if bool(folders) == self.branches:
             raise WrongOption(
-                "serve_adapters was given no adapters",
-                expected="adapters=FOLDER;FOLDER",
+                "serve_adapters was given no adapters, or folders and branches at once",
+                expected="adapters=FOLDER;FOLDER, or branches=true",
                 fix="name one or more folders of LoRA adapters",
             )
+        if self.branches:
+            self._from_graph(program, context)
+        else:
+            self._from_folders(program, context, folders)
+
+    def _from_folders(self, program: Program, context: Context, folders: list[str]) -> None:
         loaded = [read_lora(folder, program.weights) for folder in folders]
         places = _places(program, folders, loaded)
         batch = _batch(program)
@@ -68,6 +78,24 @@ class ServeAdapters(Pass):
                 stacks[weight] = _stack(editor, weight, factors, value_of(node).dtype)
             new = _serve(editor, node, stacks[weight], chosen, batch)
             context.journal.noted(self.pass_name(), new, f"{len(folders)} adapters")
+
+    def _from_graph(self, program: Program, context: Context) -> None:
+        found = find_branches(program)
+        names, batch = adapter_names(found), _batch(program)
+        for one in found:
+            _check_rows(one.region.source, batch)
+        if not context.journal.offers():  # all or none: a branch that is left is always active
+            return
+        editor = Editor(program)
+        chosen = _add_input(program, editor, batch)
+        for done, one in enumerate(found):
+            context.progress(done, len(found), self.pass_name())
+            factors = [one.factors.get(name) for name in names]
+            stack = _stack(editor, one.weight, factors, value_of(one.base).dtype)
+            new = put_adapters(editor, one, stack, chosen)
+            told = ", ".join(f"{names.index(name)} is {name}" for name in one.factors)
+            context.journal.noted(self.pass_name(), new, told)
+        editor.sweep()
 
 
 Place = tuple[Node, str, list[LoraFactors | None]]
@@ -172,14 +200,7 @@ def _stack(
 
 def _serve(editor: Editor, node: Node, stack: Sequence[Node], chosen: Node, batch: Any) -> Node:
     x = _input(node)
-    if not _begins_with(shape(x)[0], batch):
-        raise CannotServe(
-            f"%{node.name} does not go row by row of the batch",
-            where=node.meta.get("module", ""),
-            expected=f"values whose first axis is {batch}, or {batch} joined with the next",
-            found=str(list(shape(x))),
-            fix="merge the adapter: merge_adapters",
-        )
+    _check_rows(x, batch)
     with editor.graph.inserting_after(node):
         new = editor.graph.call_function(
             torch.ops.planish.adapters.default, (node, x, *stack, chosen)
@@ -187,6 +208,17 @@ def _serve(editor: Editor, node: Node, stack: Sequence[Node], chosen: Node, batc
     new.meta = {"module": node.meta.get("module", ""), "val": node.meta["val"]}
     editor.replace(node, new)
     return new
+
+
+def _check_rows(x: Node, batch: Any) -> None:
+    if not _begins_with(shape(x)[0], batch):
+        raise CannotServe(
+            f"what reads %{x.name} does not go row by row of the batch",
+            where=x.meta.get("module", ""),
+            expected=f"values whose first axis is {batch}, or {batch} joined with the next",
+            found=str(list(shape(x))),
+            fix="merge the adapter: merge_adapters",
+        )
 
 
 def _begins_with(size: Any, batch: Any) -> bool:
