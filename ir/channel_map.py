@@ -11,12 +11,13 @@ channel covers that channel of every head, a key head its query heads. It goes w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .axes import Flow
@@ -30,6 +31,7 @@ _ATTENTIONS = {
     torch.ops.planish.attention.default,
     torch.ops.aten.scaled_dot_product_attention.default,
 }
+Marked = NDArray[np.bool_]
 Key = tuple[str, int]
 """A weight's canonical name and one of its axes."""
 
@@ -59,9 +61,7 @@ class ChannelMap:
 
     axes: (weight, axis) -> the root of each entry, int64 [size]. produces, absorbs: which of them
     make channels and which read them. offsets: what is added to a weight before it multiplies (1 in
-    norms that store weight - 1). blocked: root -> why it may not be cut (one sentence). bare: (a
-    node, what it reads) -> the roots of what the node needs of that value, where the value has none
-    of its own or others read other parts of it.
+    norms that store weight - 1). blocked: root -> why it may not be cut (one sentence).
     """
 
     axes: Mapping[Key, Numbers]
@@ -70,7 +70,7 @@ class ChannelMap:
     produces: Mapping[Key, str]
     absorbs: frozenset[Key]
     offsets: Mapping[str, float]
-    bare: Mapping[tuple[Node, Node], Tensor] = field(repr=False)
+    _bare: Mapping[tuple[Node, Node], Tensor] = field(repr=False)
     _covers: Covers = field(repr=False)
     _values: Mapping[Node, Any] = field(repr=False)
     _roots: Numbers = field(repr=False)
@@ -83,24 +83,39 @@ class ChannelMap:
             return None
         return _spread_roots(self._roots, held)
 
-    def kept(self, node: Node, gone: Numbers) -> list[Tensor]:
-        """Which elements of a value stay when the classes `gone` go, bool of its shape, or of each
-        of several values; empty without channels."""
+    def kept(self, node: Node, gone: Marked) -> list[Tensor]:
+        """Which elements of a value stay when the classes marked in `gone` go, bool of its shape,
+        or of each of several values; empty without channels."""
         held = self._values.get(node)
         if isinstance(held, WeightView):
             return [self._kept_of(held, gone)]
         held = held if isinstance(held, (tuple, list)) else [held]
-        parts = [_spread_roots(self._roots, part) for part in held if isinstance(part, Tensor)]
-        return [stays(part, gone) for part in parts]
+        return [_stays(self._roots, part, gone) for part in held if isinstance(part, Tensor)]
 
-    def _kept_of(self, view: WeightView, gone: Numbers) -> Tensor:
-        mask = torch.ones(view.shape, dtype=torch.bool)
+    def kept_bare(self, key: tuple[Node, Node], gone: Marked) -> Tensor:
+        """Which elements of a bare value its reader needs when these go."""
+        return _stays(self._roots, self._bare[key], gone)
+
+    def _kept_of(self, view: WeightView, gone: Marked) -> Tensor:
+        mask = torch.ones((), dtype=torch.bool).expand(view.shape)
         for axis, place in enumerate(view.axes):
             roots = self.axes.get((view.name, place.axis)) if place is not None else None
-            if place is not None and roots is not None:
-                stay = ~np.isin(roots, gone)[place.index.numpy()]
-                mask = mask & torch.from_numpy(stay).reshape([-1, *[1] * (mask.dim() - axis - 1)])
+            if place is not None and roots is not None and gone[roots].any():
+                stay = torch.from_numpy(~gone[roots])[place.index]
+                mask = mask & stay.reshape([-1, *[1] * (mask.dim() - axis - 1)])
         return mask
+
+    def marked(self, dead: Iterable[int]) -> Marked:
+        """bool [channels], True for the roots that go when these go."""
+        found = np.zeros(len(self._roots), dtype=np.bool_)
+        found[list(self.closure(dead))] = True
+        return found
+
+    @property
+    def bare(self) -> Collection[tuple[Node, Node]]:
+        """(a node, what it reads) where the node meets channels with a value that has none, or of
+        which others read other parts."""
+        return self._bare.keys()
 
     def closure(self, dead: Iterable[int]) -> frozenset[int]:
         """The roots that go when these go: with what they cover, and what covers only them."""
@@ -108,10 +123,10 @@ class ChannelMap:
 
     def dead_entries(self, dead: Iterable[int]) -> dict[str, dict[int, Tensor]]:
         """weight -> axis -> bool [size], True where the entry goes; of axes that lose some."""
-        gone = np.fromiter(self.closure(dead), dtype=np.int64)
+        gone = self.marked(dead)
         found: dict[str, dict[int, Tensor]] = {}
         for (name, axis), roots in self.axes.items():
-            mask = np.isin(roots, gone)
+            mask = gone[roots]
             if mask.any():
                 found.setdefault(name, {})[axis] = torch.from_numpy(mask)
         return found
@@ -149,7 +164,7 @@ def channel_map(program: Program) -> ChannelMap:
         dict(flow.produces),
         frozenset(flow.absorbs),
         dict(flow.offsets),
-        {key: _spread_roots(roots, ids) for key, ids in flow.bare.items()},
+        dict(flow.bare),
         covers,
         values,
         roots,
@@ -166,13 +181,13 @@ def _heads(node: Node, values: Mapping[Node, Any], roots: Numbers) -> AttentionH
     return AttentionHeads(node, *rows)
 
 
-def stays(roots: Tensor, gone: Numbers) -> Tensor:
-    """Where none of the classes `gone` is, kept spread where the roots are."""
-    seen = roots
-    for axis in range(roots.dim()):
-        if roots.shape[axis] > 1 and roots.stride(axis) == 0:
+def _stays(roots: Numbers, ids: Tensor, gone: Marked) -> Tensor:
+    """Where channels are of no class that goes, kept spread where the channels are."""
+    seen = ids
+    for axis in range(ids.dim()):
+        if ids.shape[axis] > 1 and ids.stride(axis) == 0:
             seen = seen.narrow(axis, 0, 1)
-    return torch.from_numpy(~np.isin(seen.numpy(), gone)).expand(roots.shape)
+    return torch.from_numpy(~gone[roots[seen.numpy()]]).expand(ids.shape)
 
 
 def _spread_roots(roots: Numbers, ids: Tensor) -> Tensor:
@@ -184,4 +199,4 @@ def _spread_roots(roots: Numbers, ids: Tensor) -> Tensor:
     return torch.from_numpy(roots[seen.numpy()]).expand(ids.shape)
 
 
-__all__ = ["AttentionHeads", "ChannelMap", "Key", "channel_map", "stays"]
+__all__ = ["AttentionHeads", "ChannelMap", "Key", "Marked", "channel_map"]

@@ -11,11 +11,10 @@ import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .channel_map import AttentionHeads, ChannelMap, channel_map, stays
+from .channel_map import AttentionHeads, ChannelMap, channel_map
 from .cut_graph import CannotCut, LiteralSizes, cannot_cut, kept_sizes, set_argument
 from .edit import Editor, infer
 from .pattern import bound_arguments
@@ -55,7 +54,7 @@ class _Cut:
     ) -> None:
         self.program, self.channels, self.dead, self.norms = program, channels, dead, norms
         self.editor = Editor(program)
-        self.gone = np.fromiter(dead, dtype=np.int64)
+        self.gone = channels.marked(dead)
         self.masks: dict[Node, Any] = {}
         self.entries = channels.dead_entries(dead)
 
@@ -78,12 +77,14 @@ class _Cut:
                 if self.norms == "kept":
                     self._keep_statistics(node)
                 literals.change(node)
-        for (node, read), roots in self.channels.bare.items():
-            self._read_less(node, read, stays(roots, self.gone))
+        for node, read in self.channels.bare:
+            self._read_less(node, read, self.channels.kept_bare((node, read), self.gone))
         self._cut_weights()
         self._infer()
 
     def _mask(self, node: Node) -> None:
+        if node.op == "get_attr" and not any(map(LiteralSizes.changes, node.users)):
+            return
         masks = self.channels.kept(node, self.gone)
         if not all(bool(mask.all()) for mask in masks):
             several = isinstance(node.meta.get("val"), (tuple, list))
@@ -97,7 +98,7 @@ class _Cut:
 
     def _same_share(self, heads: AttentionHeads) -> None:
         """Query head i reads key head i // groups, so each key head must keep as many of them."""
-        queries, keys = ((~np.isin(part, self.gone)).any(-1) for part in (heads.query, heads.key))
+        queries, keys = ((~self.gone[part]).any(-1) for part in (heads.query, heads.key))
         kept = queries.reshape(len(heads.key), -1).sum(-1)
         if (kept[~keys] > 0).any() or len(set(kept[keys].tolist())) > 1:
             raise cannot_cut(heads.node, "its key heads would serve different numbers of queries")

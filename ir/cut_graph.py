@@ -38,7 +38,10 @@ def cannot_cut(node: Node, why: str) -> CannotCut:
 def kept_sizes(mask: Tensor) -> list[int] | None:
     """The shape of what is kept of a value; None if that is ragged."""
     sizes: list[int] = []
-    seen = mask
+    seen = narrowed(mask)[0]
+    spread = [
+        whole if whole > size else 0 for size, whole in zip(seen.shape, mask.shape, strict=True)
+    ]
     for _ in range(mask.dim()):
         counts = seen.sum(-1)
         some = counts[counts > 0].unique()
@@ -46,7 +49,7 @@ def kept_sizes(mask: Tensor) -> list[int] | None:
             return None
         sizes.insert(0, int(some[0]) if len(some) else 0)
         seen = counts > 0
-    return sizes
+    return [whole if whole and size else size for size, whole in zip(sizes, spread, strict=True)]
 
 
 def kept_before(mask: Tensor, axis: int, place: int) -> int | None:
@@ -73,6 +76,11 @@ class LiteralSizes:
         handler = _HANDLERS.get(node.target)
         if handler is not None and (reads or node in self.masks):
             handler(self, node)
+
+    @staticmethod
+    def changes(node: Node) -> bool:
+        """Whether literals of this operation may follow what it reads."""
+        return node.target in _HANDLERS
 
     def lost(self, value: Any, axis: int) -> bool:
         """Whether a value loses positions along an axis."""
