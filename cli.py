@@ -103,6 +103,15 @@ def export(
             help="Merge a PEFT folder into the weights first; repeatable.",
         ),
     ] = None,
+    target_shape: Annotated[
+        str | None,
+        typer.Option(
+            "--target-shape",
+            metavar="layers=24,heads=12,...",
+            help="Cut the model to just this architecture, of layers, heads, kv_heads, ffn, hidden "
+            "and experts (short for --set cut.shape=...; recipe exact becomes cut).",
+        ),
+    ] = None,
     verify: Annotated[str, typer.Option(help="structure, facts or numbers.")] = "facts",
     calibration: Annotated[
         Path | None,
@@ -126,13 +135,14 @@ def export(
         check_json_target(json_file)
         from .calibration import Slicing
         from .cli_export import export_model, plan_export
-        from .cli_order import Order, parse_settings
+        from .cli_order import Order, parse_settings, shaped
 
+        recipe, settings = shaped(recipe, parse_settings(options or []), target_shape)
         order = Order(
             source=source,
             out=out,
             recipe=recipe,
-            options=parse_settings(options or []),
+            options=settings,
             target=target,
             profile=profile,
             verify=verify,

@@ -53,6 +53,27 @@ def parse_settings(settings: Sequence[str], flag: str = "--set") -> dict[str, st
     return parsed
 
 
+def shaped(
+    recipe: str, options: dict[str, str], target_shape: str | None
+) -> tuple[str, dict[str, str]]:
+    """Recipe and options with a target shape laid over them; raises WrongOption.
+
+    The recipe cut is exact with a cut in it, so the default gives way to it.
+    """
+    if target_shape is None:
+        return recipe, options
+    if "cut.shape" in options or not target_shape:
+        raise WrongOption(
+            "the target shape is given twice" if target_shape else "the target shape is empty",
+            expected="--target-shape, or --set cut.shape=",
+            found=", ".join(filter(None, [target_shape, options.get("cut.shape", "")]))
+            or "nothing",
+            fix="for example --target-shape layers=24,heads=12,ffn=2048,hidden=640",
+        )
+    recipe = "cut" if recipe == "exact" else recipe
+    return recipe, options | {"cut.shape": target_shape}
+
+
 def check_order(order: Order) -> tuple[Recipe, list[Pass]]:
     """Everything that can be refused before the model is read."""
     recipe = find_recipe(order.recipe)

@@ -162,7 +162,8 @@ _BUILT_IN = (
     ),
     Recipe(
         "cut",
-        "heads, FFN channels or width cut out: --set cut.ffn=0.25, cut.heads=..., cut.width=...",
+        "layers, heads, FFN channels or width cut out: --set cut.ffn=0.25, or cut.budget=0.3, or "
+        "--target-shape layers=24,heads=12,ffn=2048",
         _before_fusing("cut"),
     ),
     _low_bits(4),

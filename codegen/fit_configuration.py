@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 import torch
@@ -109,8 +109,9 @@ def _best_change(
 ) -> dict[str, Any] | None:
     """The change that leaves the fewest wrong sizes; of two numbers where no one number helps.
 
-    Classes refuse numbers that do not go together (a width that heads do not divide), so each of
-    two changes may be impossible alone.
+    Classes refuse numbers that do not go together (a width that heads do not divide), so one of
+    two changes may be impossible alone, and the other may change no size. Of such pairs those that
+    change in the same proportion come first.
     """
     now = build(settings)
     if now is None:
@@ -127,7 +128,15 @@ def _best_change(
     if best is not None and best[0] < start:
         return _with(settings, *best[1])
     refused = [one for distance, one in tried if distance == _REFUSED]
-    for first, second in combinations(refused, 2):
+    silent = [one for distance, one in tried if distance == start]
+    pairs = [*combinations(refused, 2), *product(refused, silent)]
+    before = dict(_numbers(settings))
+
+    def uneven(pair: tuple[tuple[Key, int], tuple[Key, int]]) -> bool:
+        (first, a), (second, b) = pair
+        return a * before[second] != b * before[first]
+
+    for first, second in sorted(pairs, key=uneven):
         if first[0] != second[0]:
             both = _with(_with(settings, *first), *second)
             if _distance(build(both), wanted) < start:

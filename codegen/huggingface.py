@@ -229,8 +229,9 @@ def _unfit(program: Program, unfit: list[str]) -> UnsupportedByTarget:
         where=str(program.metadata.get("source", "")),
         expected="the same sizes in all layers, and whole layers",
         found=shown,
-        fix="cut what its configuration counts, the same in all layers (cut.ffn, say), or export "
-        "to onnx or torch, which take any shape",
+        fix="cut what its configuration counts, the same in all layers (cut.ffn, say; some classes "
+        "want a width that their number of heads divides), or export to onnx or torch, which take "
+        "any shape",
     )
 
 
