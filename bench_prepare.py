@@ -41,7 +41,7 @@ def prepare(
     """
     python = pythons.of(row)
     versions = _versions(python, row.module)
-    key = _key(row, model, versions)
+    key = _key(row, model, versions, calibration.parent.name)
     out = place / model.name / row.slug / key
     if not (out / _COST).is_file():
         shutil.rmtree(out.parent, ignore_errors=True)  # also what other versions made
@@ -58,8 +58,8 @@ def _versions(python: str, module: str) -> dict[str, str]:
     return ask_once(python, {"do": "versions", "module": module}, 300)["versions"]
 
 
-def _key(row: Contestant, model: BenchModel, versions: Mapping[str, str]) -> str:
-    told: list[Any] = [row.name, row.options, model.told(), dict(versions)]
+def _key(row: Contestant, model: BenchModel, versions: Mapping[str, str], text: str) -> str:
+    told: list[Any] = [row.name, row.options, model.told(), dict(versions), text]
     told.append(_source() if "planish" in versions else None)
     if row.module.endswith(".py"):
         told.append(Path(row.module).read_text())

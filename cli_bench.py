@@ -1,6 +1,7 @@
-"""`planish bench kernels`: what can be said of the GPU kernels' speed without a GPU.
+"""`planish bench MODEL`: a model's speed by measurement; `planish bench kernels`: without a GPU.
 
-Bytes, operations, machine code and bounds; no times, because nothing is run.
+Of the GPU kernels bytes, operations, machine code and bounds are told; no times, because nothing
+is run.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from .cli_print import check_json_target, err, show, speaking_plainly, table, write_json
 
@@ -18,7 +20,17 @@ if TYPE_CHECKING:
     from .kernels.launch import Config, Launch
     from .kernels.triton_spec import Form, TritonSpec
 
-bench = typer.Typer(help="What can be said about speed.", no_args_is_help=True)
+
+class _ModelByDefault(TyperGroup):
+    """What is no command is a model: `planish bench MODEL` is `planish bench model MODEL`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and not args[0].startswith("-") and args[0] not in self.commands:
+            args = ["model", *args]
+        return super().parse_args(ctx, args)
+
+
+bench = typer.Typer(cls=_ModelByDefault, help="What can be said about speed.", no_args_is_help=True)
 
 ARCHS_BOUNDED = ("sm_80", "sm_90")
 
@@ -26,6 +38,60 @@ ARCHS_BOUNDED = ("sm_80", "sm_90")
 @bench.callback()
 def root() -> None:
     """What can be said about speed."""
+
+
+@bench.command()
+def model(
+    source: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="A Hugging Face folder, or a .gguf file.")
+    ],
+    recipe: Annotated[
+        list[str] | None, typer.Option(help="A recipe's name, or a YAML file; repeatable.")
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="onnx, torch (the C decoder; Inductor of an encoder); repeatable."),
+    ] = None,
+    activations: Annotated[
+        str | None, typer.Option(help="int8: round activations too, where weights are packed.")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A text to calibrate with.")
+    ] = None,
+    threads: Annotated[list[int] | None, typer.Option(help="Repeatable.")] = None,
+    rounds: Annotated[int, typer.Option(metavar="N", help="Rounds of every measure.")] = 5,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Inductor or onnxruntime beside eager; repeatable."),
+    ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="All lengths and batches of planish's own benchmark.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write JSON lines, tables, pictures here.")
+    ] = None,
+) -> None:
+    """Measure a model before and after recipes: speed, quality, memory, against eager PyTorch.
+
+    Each contestant runs in a process of its own and they take turns. A recipe that needs
+    calibration looks at --calibration, or at the beginning of the demo's text.
+    """
+    with speaking_plainly():
+        from .bench_model import Asked, bench_model
+
+        asked = Asked(
+            source=source,
+            recipes=tuple(recipe or ["exact"]),
+            targets=tuple(target or ["onnx"]),
+            activations=activations,
+            calibration=calibration,
+            threads=tuple(threads or [1]),
+            rounds=rounds,
+            against=tuple(against or ()),
+            full=full,
+            out=out,
+        )
+        show(bench_model(asked, lambda what: err.print(what)))
 
 
 @bench.command()
