@@ -84,6 +84,16 @@ def test_whole_models(name: str, tmp_path: Path) -> None:
     assert_as_good(program, inputs, interpreted(program, inputs, tmp_path))
 
 
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_cut_models(name: str, tmp_path: Path) -> None:
+    """A program that lost a third of its FFN channels and half of its heads."""
+    sample = zoo.build(name)
+    options = {"cut.ffn": 0.34, "cut.heads": 0.5}
+    made = optimize(sample.model, sample.args, sample.kwargs, recipe="cut", options=options)
+    inputs = made.program.flatten_inputs((), sample.other_inputs(batch=2, length=11))
+    assert_as_good(made.program, inputs, interpreted(made.program, inputs, tmp_path))
+
+
 @pytest.mark.parametrize("recipe", ["int4", "int8"])
 def test_packed_weights(recipe: str, tmp_path: Path) -> None:
     """Quantized models, one of a weight that is [in, out]; the packed parts are what is stored."""
