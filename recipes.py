@@ -139,9 +139,10 @@ _METHODS = (
     ),
     _named(
         "sparse24-gptq4",
-        "2:4 weights by SparseGPT, then 4 bits by GPTQ, zeros kept; needs calibration",
+        "2:4 weights by SparseGPT, then 4 bits by GPTQ, of which 3 are stored; needs calibration",
         ("prune_sparsegpt", {"sparsity": "2:4"}),
         "quantize_gptq",
+        "pack_sparse",
     ),
     _named(
         "ternary",

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..ir.encoded import Encoded
 from ..ir.errors import UnsupportedByTarget
 from ..ir.format_ordered import Ordered
+from ..ir.format_two_four_codes import with_zeros
 from ..ir.formats import AffineInt
 from ..ir.weights import Entry
 
@@ -91,6 +92,7 @@ def affine_layer(name: str, entry: Entry) -> Layer | None:
     """The layer of a weight [out, in] on an integer grid along its inputs, or None."""
     if not isinstance(entry, Encoded) or len(entry.shape) != 2:
         return None
+    entry = with_zeros(entry)
     fmt = entry.format.inner if isinstance(entry.format, Ordered) else entry.format
     return Layer(name, entry, fmt) if isinstance(fmt, AffineInt) else None
 

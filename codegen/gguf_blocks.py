@@ -10,6 +10,7 @@ from torch import Tensor
 from ..ir.encoded import Encoded
 from ..ir.errors import UnsupportedByTarget
 from ..ir.format_offset import AffineOffset
+from ..ir.format_two_four_codes import with_zeros
 from ..ir.formats import AffineInt
 from ..ir.layout_gguf import LAYOUTS, GgufLayout
 from ..ir.layouts import spread, widen
@@ -48,6 +49,7 @@ class Block:
 
 def gguf_block(name: str, entry: Encoded) -> Block:
     """The blocks for a weight [out, in]; raises UnsupportedByTarget, which says what would fit."""
+    entry = with_zeros(entry)
     fmt = entry.format
     length = entry.rows_shape[1]
     kind = None

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..ir.edit import Editor
 from ..ir.encoded import Encoded
 from ..ir.format_affine import AffineInt
+from ..ir.format_two_four_codes import with_zeros
 from ..ir.pattern import bound_arguments
 from ..ir.program import Node
 from ..kernels.catalog import triton_kernels
@@ -32,6 +33,7 @@ def int8_arguments(
 
     axis: of the weight, that the product sums over.
     """
+    entry = with_zeros(entry)
     fmt = entry.format
     if entry.axis != axis:
         return "its groups do not lie along the axis that is summed"

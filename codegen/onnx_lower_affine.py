@@ -15,6 +15,7 @@ from ..ir.affine_form import AffineForm, affine_form
 from ..ir.edit import Editor, value_of
 from ..ir.encoded import Encoded
 from ..ir.format_affine import AffineInt
+from ..ir.format_two_four_codes import CompressedCodes
 from ..ir.pattern import bound_arguments
 from ..ir.program import Node, Program
 from ..ir.weight_roles import Role, weight_roles
@@ -40,7 +41,7 @@ def lower_affine_forms(program: Program, editor: Editor, notes: list[str]) -> No
         if form is None:
             continue
         if form.plain:
-            if _bits(form) <= 4:
+            if _bits(form) <= 4 or isinstance(entry.format, CompressedCodes):
                 program.weights[role.name] = form.steps
         elif reason := _why_not(role, entry, form):
             notes.append(f"{role.name}: not read as integers because {reason}")

@@ -12,6 +12,7 @@ from ..ir.format_affine import AffineInt
 from ..ir.format_columns import WithColumns
 from ..ir.format_offset import AffineOffset
 from ..ir.format_sparse import WithOutliers
+from ..ir.format_two_four_codes import CompressedCodes
 from ..ir.pattern import bound_arguments
 from ..ir.program import Node, Program
 from ..ir.weight_roles import Role, weight_roles
@@ -88,6 +89,8 @@ def described(fmt: Format) -> str:
             return f"{described(fmt.base)} with its outliers beside it"
         case AffineInt():
             return ""
+        case CompressedCodes():
+            return " with the zeros put back"
         case _:
             return " as integers"
 

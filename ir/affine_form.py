@@ -22,6 +22,7 @@ from .format_offset import AffineOffset
 from .format_sparse import WithOutliers
 from .format_ternary import Signs
 from .format_two_four import Compressed
+from .format_two_four_codes import CompressedCodes
 from .layouts import BitPacked
 from .sparse_rows import COLUMNS, POINTERS, places
 from .sparse_rows import VALUES as OUTLIER_VALUES
@@ -73,6 +74,8 @@ def affine_form(encoded: Encoded) -> AffineForm | None:
     match fmt:
         case AffineInt():
             return AffineForm(encoded)
+        case CompressedCodes():
+            return AffineForm(fmt.spread(encoded))
         case AffineOffset():
             return _of_offsets(encoded, fmt)
         case Signs() if fmt.scale_dtype != torch.float64:

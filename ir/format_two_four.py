@@ -72,9 +72,9 @@ class Compressed(Format):
         for _, block in row_blocks(rows):
             if not bool(block.isfinite().all()):
                 raise non_finite(block.unsqueeze(1), where)
-            kept, places = self._kept(block)
+            kept, places = self.kept(block)
             values.append(kept.flatten(1))
-            codes.append(self.packing.pack(self._codes(places)))
+            codes.append(self.packing.pack(self.place_codes(places)))
         parts = {
             VALUES: torch.cat(values).reshape(*lead, -1),
             PLACES: torch.cat(codes).reshape(*lead, -1),
@@ -82,7 +82,7 @@ class Compressed(Format):
         from_end = axis if axis < 0 else axis - weight.dim()
         return Encoded(self, tuple(weight.shape), weight.dtype, from_end, parts)
 
-    def _kept(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def kept(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Of rows [n, length] what stays and its columns, [n, groups, keep] each, in order."""
         groups = torch.nn.functional.pad(rows, (0, -rows.shape[1] % self.of))
         groups = groups.unflatten(1, (-1, self.of))
@@ -92,8 +92,8 @@ class Compressed(Format):
         places = order[..., : self.keep]
         return groups.gather(-1, places), places
 
-    def _codes(self, places: Tensor) -> Tensor:
-        """uint8 [n, groups]."""
+    def place_codes(self, places: Tensor) -> Tensor:
+        """What is stored of places [n, groups, keep]: uint8 [n, groups]."""
         if self.of == 4:
             return (places[..., 0] + 4 * places[..., 1]).to(torch.uint8)
         return (1 << places).sum(-1).to(torch.uint8)
@@ -102,7 +102,7 @@ class Compressed(Format):
         """int64 [codes, keep]: the columns that a code tells; 0 for a code that is none."""
         table = torch.zeros(1 << self.of, self.keep, dtype=torch.int64)
         for places in torch.combinations(torch.arange(self.of), self.keep):
-            table[int(self._codes(places[None, None]))] = places
+            table[int(self.place_codes(places[None, None]))] = places
         return table
 
     def codes(self, encoded: Encoded) -> Tensor:
