@@ -14,7 +14,7 @@ PEERS := torch transformers accelerate onnx onnxscript onnxruntime onnxruntime-g
 # Options of benchmarks/bench.py, such as BENCH="--models smollm2 --threads 2".
 BENCH ?=
 
-.PHONY: demo test test-slow test-kernels test-gpu lint bench bench-peers bench-decode clean
+.PHONY: demo test test-slow test-kernels test-gpu lint bench bench-peers clean
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/planish demo --out planish-demo --force
@@ -43,9 +43,6 @@ bench: $(VENV)/.bench-installed
 # With the peers, which live in an environment of their own.
 bench-peers: $(VENV)/.bench-installed .venv-peers/.installed
 	$(BIN)/python benchmarks/bench.py --name bench-peers --peers .venv-peers/bin/python $(BENCH)
-
-bench-decode: $(VENV)/.test-installed .venv-peers/.installed
-	$(BIN)/python benchmarks/decode.py --threads 2 --peers .venv-peers/bin/python
 
 # llama.cpp is compiled here, for this processor: a wheel that pip has kept may be for another.
 .venv-peers/.installed: benchmarks/peers-constraints.txt

@@ -14,6 +14,7 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from planish import bench_planish
 from planish.bench_limits import share
 from planish.bench_measures import MEASURES, MIXED, QUICK, Measure, sentences
 from planish.bench_model import Asked, bench_model, read_model
@@ -168,6 +169,24 @@ def test_who_cannot_says_why(tmp_path: Path) -> None:
     with pytest.raises(Cannot, match="the process ended with 3"):
         served.answer(60)
     served.close()
+
+
+def test_texts_of_a_batch_are_decoded_as_each_alone(tiny: Path, tmp_path: Path) -> None:
+    options = {"recipe": "exact", "target": "onnx"}
+    told = BenchModel.read("tiny", "decoder", tiny).told()
+    facts = bench_planish.prepare(options, told, tmp_path)
+    assert facts == {"bits": 32, "head_bits": 32}
+    engine = bench_planish.load(options, told, tmp_path, 1)
+    ids = np.random.default_rng(0).integers(0, 131, (3, 9))
+
+    def decoded(rows: Any) -> Any:
+        found = [engine.start(rows)]
+        for _ in range(4):
+            found.append(engine.step(found[-1]))
+        return np.stack(found, 1)
+
+    apart = [decoded(ids[i : i + 1])[0] for i in range(3)]
+    assert np.array_equal(decoded(ids), np.stack(apart))
 
 
 def test_every_contestant_is_declared_in_full() -> None:
