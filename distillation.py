@@ -103,12 +103,36 @@ def distill(
     flat: Sequence[Sequence[Any]] = calibration_batches(student, batches)
     if not flat:
         raise WrongInput("there is nothing to distill on", expected="batches", found="none")
-    options = f"{astuple(chosen)} {sequence_level} {getattr(labels, '__qualname__', labels)}"
-    state = training_state(folder, (student, teacher), flat, options)
+    _check_alike(student, teacher, chosen)
+    told = [] if labels is None or not hard_weight else [labels(batch) for batch in flat]
+    options = f"{astuple(chosen)} {sequence_level}"
+    state = training_state(folder, (student, teacher), [*flat, told], options)
     if sequence_level is not None:
         flat = teacher_sequences(teacher, flat, *sequence_level, progress=progress)
     work = _Training(student, teacher, chosen, labels, checkpointing)
     return work.run(flat, state, save_every, progress, on_step)
+
+
+def _check_alike(student: Program, teacher: Program, chosen: Settings) -> None:
+    """Raise WrongInput unless the teacher takes what the student takes and knows its classes."""
+    taken = [
+        [(i.dtype, i.shape and len(i.shape)) for i in p.input_specs] for p in (student, teacher)
+    ]
+    if taken[0] != taken[1]:
+        raise WrongInput(
+            "the teacher does not take the student's inputs",
+            expected=", ".join(spec.name for spec in student.input_specs),
+            found=", ".join(spec.name for spec in teacher.input_specs),
+            fix="trace both with the same arguments",
+        )
+    own, other = (p.results[0].meta["val"].shape for p in (student, teacher))
+    if chosen.soft_weight and (len(own) != len(other) or own[-1] != other[-1]):
+        raise WrongInput(
+            "student and teacher tell different classes apart",
+            expected=f"logits [..., {own[-1]}] from both as their first result",
+            found=f"{list(other)} from the teacher",
+            fix="soft_weight=0, or programs with one vocabulary whose first result is logits",
+        )
 
 
 class _Training:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import runpy
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from planish.ir.read_safetensors import read_safetensors
 from planish.ir.weight_roles import weight_roles
 from planish.trainable import Trainable, trained_weights
 from speculation import raised
-from torch import Tensor
+from torch import Tensor, nn
 from zoo import VOCABULARY
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -231,4 +230,18 @@ def test_bad_options_are_told() -> None:
         distill(program, program, [], steps=1)
     with pytest.raises(WrongInput, match="no weights that could be trained"):
         distill(program, program, batches(), steps=1, train="nothing.*")
-    assert math.isfinite(EPS)
+    with pytest.raises(WrongInput, match="does not take the student's inputs"):
+        distill(program, planish.trace(nn.Linear(5, 97), (torch.ones(2, 5),)), batches(), steps=1)
+    narrow = nn.Sequential(nn.Embedding(VOCABULARY, 8), nn.Linear(8, 50))
+    with pytest.raises(WrongInput, match="different classes"):
+        distill(program, planish.trace(narrow, (texts()[0],)), batches(), steps=1)
+
+
+def test_other_labels_are_another_training(tmp_path: Path) -> None:
+    program = raised("llama", layers=3)
+    options: dict[str, Any] = {"steps": 1, "folder": tmp_path}
+    for shift in (1, 2):
+        distill(
+            program, program, batches(1), labels=lambda b, by=shift: b[0].roll(by, 1), **options
+        )
+    assert len(list(tmp_path.glob("*/state.safetensors"))) == 2
