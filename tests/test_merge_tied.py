@@ -15,12 +15,15 @@ import peft
 import pytest
 import torch
 from peft_adapters import LORA, trained, weights_gap
+from planish.ir.encoded import Encoded
 from planish.ir.interpret import run
 from planish.ir.program import Program
 from planish.ir.read_adapter import AdapterMismatch
 from planish.ir.text import program_text
 from planish.passes.merge_adapters import MergeAdapters
+from planish.passes.merge_into_codes import MergeIntoCodes
 from planish.passes.pipeline import Pipeline
+from planish.passes.quantize_weights import QuantizeWeights
 from torch import nn
 
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -146,3 +149,19 @@ def test_readers_that_no_name_tells_apart(tmp_path: Path) -> None:
     reader.meta["module"] = ""
     with pytest.raises(AdapterMismatch, match="of no module reads it under no name of its own"):
         Pipeline([MergeAdapters(adapters=str(tmp_path), untie=True)]).run(base)
+
+
+def test_a_table_in_codes(tmp_path: Path) -> None:
+    """Merged through the codes of the name that changes; the other keeps its own."""
+    trained("gemma", APART["the head"](), tmp_path)
+    step = QuantizeWeights(bits=8, remainder="short", embeddings="int8-g16-sym")
+    base = Pipeline([step]).run(captured.captured("gemma", "eager"))
+    made = Pipeline([MergeIntoCodes(adapters=str(tmp_path), untie=True)]).run(base)
+    dense = merged(tmp_path, untie=True)
+    table, head = made.weights.entry(TABLE), made.weights.entry(HEAD)
+    assert isinstance(table, Encoded) and isinstance(head, Encoded)
+    assert table is base.weights.entry(TABLE) and head.format == table.format
+    # rounded once more, of a weight that differs by the base's rounding: each within a step
+    error = (made.weights[HEAD] - dense.weights[HEAD]).abs().double()
+    allowed = head.worst_error() + table.worst_error()
+    assert bool((error <= allowed * (1 + 2**-20)).all())
