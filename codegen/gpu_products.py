@@ -54,6 +54,9 @@ def _lower(calls: Calls, node: Node, dense: bool) -> str | None:
     if reason := _odd_sum(given, node):
         return reason
     wide = _source(x)
+    result = _result(node, wide)
+    if result is node and not _same_lead(node, wide):
+        wide = x  # others read the rows as they are: the kernel must give them so
     call: dict[str, Any] = {"x": wide, "bias": given[bias] if bias else None}
     entry = calls.editor.program.weights.entry(str(weight_node.target))
     if isinstance(entry, Encoded):
@@ -73,7 +76,7 @@ def _lower(calls: Calls, node: Node, dense: bool) -> str | None:
         call["weight"] = _turned(calls, weight_node, entry) if turned else weight_node
     if reason := calls.declined(spec, call):
         return reason
-    calls.replace(_result(node, wide), spec, call)
+    calls.replace(result, spec, call)
     return None
 
 
@@ -122,13 +125,16 @@ def _source(x: Node) -> Node:
 
 def _result(node: Node, wide: Node) -> Node:
     """The view that gives the product the rows of `wide` again, or the product itself."""
-    lead = wide.meta["val"].shape[:-1]
     for user in node.users:
-        mine = user.meta["val"].shape[:-1] if keeps_rows(user) else ()
-        same = len(mine) == len(lead) and all(map(same_size, mine, lead))
-        if same and len(node.users) == 1:
+        if len(node.users) == 1 and keeps_rows(user) and _same_lead(user, wide):
             return user
     return node
+
+
+def _same_lead(a: Node, b: Node) -> bool:
+    """Whether two values have the same sizes before their last axis."""
+    mine, theirs = a.meta["val"].shape[:-1], b.meta["val"].shape[:-1]
+    return len(mine) == len(theirs) and all(map(same_size, mine, theirs))
 
 
 def _turned(calls: Calls, weight: Node, entry: Any) -> Node:

@@ -33,7 +33,7 @@ from torch import Tensor
 
 CPU = torch.device("cpu")
 EAGER = {"gemma2", "gpt_oss", "bloom"}
-WHOLE = ("llama", "gemma2", "bert", "gpt2", "t5")
+WHOLE = ("llama", "gemma2", "bert", "gpt2", "t5", "deepseek_v3")
 
 
 def interpreted(
