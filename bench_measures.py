@@ -37,7 +37,7 @@ class Measure:
         return wall * 1e3 if self.lengths else work / wall
 
     def begin(self, text: Sequence[int]) -> list[dict[str, Any]]:
-        """Orders before the rounds; the last one is like a round, and its time is that of a start.
+        """Orders before the rounds; the last one is like a round.
 
         text: int64 tokens to take prompts and sentences from.
         """

@@ -62,7 +62,8 @@ def _encoder(module: Any, model: Told) -> tuple[Any, tuple[Any, ...], Any]:
             return self.module(input_ids=input_ids, attention_mask=attention_mask)[0]
 
     ids = torch.randint(0, model["vocabulary"], (2, 7))
-    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
+    most = getattr(module.config, "max_position_embeddings", None)
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=most)}
     return Flat(), (ids, torch.ones_like(ids)), (sizes, sizes)
 
 

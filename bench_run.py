@@ -217,15 +217,18 @@ def _measure(
 
 
 def _begin(measure: Measure, entrant: Entrant, results: Results) -> float | None:
-    """What comes before the rounds; its seconds, compiling included. None if it cannot."""
-    total = 0.0
+    """What comes before the rounds; the seconds of the first round, compiling included.
+
+    None if it cannot.
+    """
+    first: float | None = None
     try:
         for order in measure.begin(entrant.plan.text.tokens):
-            total += entrant.open().ask(order)["wall"]
+            first = entrant.open().ask(order)["wall"]
     except Cannot as reason:
         _cannot(entrant, measure.name, reason, results)
         return None
-    return total
+    return first
 
 
 def _ask(measure: Measure, entrant: Entrant, results: Results) -> dict[str, Any] | None:

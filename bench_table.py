@@ -146,7 +146,8 @@ def _costs(results: Results, model: str) -> str:
         about = {key: made[key] for key in ("model", "contestant", "key")}
         loads = [r["load"] for r in results.all("loaded", **about)]
         peaks = [r["peak"] for r in results.all("memory", **about)]
-        firsts = [r["first"] - median(r["walls"]) for r in results.all("speed", **about)]
+        speeds = results.all("speed", **about)
+        firsts = [max(0.0, r["first"] - median(r["walls"])) for r in speeds]
         rows.append(
             [
                 made["contestant"],
@@ -156,14 +157,15 @@ def _costs(results: Results, model: str) -> str:
                 f"{max(peaks) / 1e6:.0f}" if peaks else "–",
                 f"{made['cost']['seconds']:.1f}",
                 f"{made['cost']['peak'] / 1e6:.0f}",
-                f"{max(firsts):.1f}" if firsts else "–",
+                f"{sum(firsts):.1f}" if firsts else "–",
             ]
         )
     is_encoder = any("cosine" in (quality_of(results, r) or {}) for r in current(results, model))
     columns = ["cosine, least", "cosine, mean"] if is_encoder else ["perplexity", "KL", "top-1"]
     columns = ["", *columns, "MB on disk", "load, s", "peak MB", "optimize, s"]
-    columns += ["optimize, peak MB", "first call, s more"]
-    note = "Loading is with the files in the page cache; memory includes mapped files and Python."
+    columns += ["optimize, peak MB", "first calls, s more"]
+    note = "Loading is with the files in the page cache; memory includes mapped files and Python; "
+    note += "the first calls of all measures, compiling included, took so much longer than others."
     return f"## {model}: quality and costs\n\n{note}\n\n{table(columns, rows)}"
 
 

@@ -66,7 +66,7 @@ def arguments() -> argparse.Namespace:
     names = [*REAL, *SCALE, *TINY]
     parser.add_argument("--models", nargs="+", choices=names, default=None)
     parser.add_argument("--scale", action="store_true", help="also the random 0.5 and 1.1 B models")
-    parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
+    parser.add_argument("--threads", type=int, nargs="+", default=[2])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", default=[], help="parts of contestants' names")
     parser.add_argument("--measures", nargs="+", default=[], help="parts of measures' names")

@@ -13,6 +13,7 @@ from planish.demo_models import ENCODER, LANGUAGE_MODEL, demo_text, hf_folder
 from planish.ir.errors import MissingExtra
 from planish.tokenizer import Tokenizer
 from quality import slices
+from random_gguf import write_random_gguf
 
 REAL = ("smollm2", "minilm")
 # hidden, ffn, layers, heads, kv heads, vocabulary; the shapes of TinyLlama and a half of it
@@ -33,9 +34,13 @@ def find_model(name: str, place: Path) -> BenchModel:
     folder = place / "random" / name
     if not (folder / "config.json").is_file():
         torch.manual_seed(0)
-        _random(name).save_pretrained(folder)
-    kind = "encoder" if name == "tiny-bert" else "decoder"
-    return BenchModel.read(name, kind, folder)
+        made = _random(name)
+        made.save_pretrained(folder)
+        if name != "tiny-bert":
+            write_random_gguf(made, folder / "model.gguf")
+    if name == "tiny-bert":
+        return BenchModel.read(name, "encoder", folder)
+    return BenchModel.read(name, "decoder", folder, folder / "model.gguf")
 
 
 def _random(name: str) -> transformers.PreTrainedModel:
