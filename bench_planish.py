@@ -18,6 +18,7 @@ Told = Mapping[str, Any]
 IMPORTS = ["torch", "transformers", "onnxruntime", "planish.api"]
 PACKAGES = ["planish", "torch", "onnxruntime", "transformers"]
 _INT8 = {"compute": "int8", "heat": "int8", "bits": 8, "head_bits": 8}
+_CODES = {"keep_codes": True, "activations": "int8"}
 _INT4 = {"compute": "int8", "heat": "int4", "bits": 4, "head_bits": 8}
 
 
@@ -40,6 +41,7 @@ CONTESTANTS: list[dict[str, Any]] = [
     _row("decoder", "int4 torch", "int4", "decoder", {**_INT4, "compute": "float32"}),
     _row("decoder", "int4 torch, int8 prompts", "int4", "decoder", _INT4, activations="int8"),
     _row("decoder", "int4 Inductor", "int4", "compiled", {**_INT4, "compute": "float32"}),
+    _row("decoder", "source codes torch", "exact", "decoder", _INT4, **_CODES),
     _row("encoder", "exact onnx", "exact", "onnx", {}),
     _row("encoder", "exact Inductor", "exact", "compiled", {}),
     _row("encoder", "int8 onnx", "int8", "onnx", _INT8, activations="int8"),
@@ -55,7 +57,7 @@ def prepare(options: Told, model: Told, out: Path) -> dict[str, float]:
 
     decoder, target = model["kind"] == "decoder", options["target"]
     made = optimize(
-        model["folder"],
+        _source(options, model),
         recipe=options["recipe"],
         options=options.get("set"),
         calibration=_calibration(model) if options.get("calibrated") else None,
@@ -69,6 +71,17 @@ def prepare(options: Told, model: Told, out: Path) -> dict[str, float]:
     else:
         save_program(made.program, out / "model")
     return facts
+
+
+def _source(options: Told, model: Told) -> Any:
+    """The folder, or the program of the GGUF file with its weights code by code."""
+    if not options.get("keep_codes"):
+        return model["folder"]
+    if model["gguf"] is None:
+        raise NotImplementedError("this model has no GGUF file")
+    from .api import trace
+
+    return trace(model["gguf"], kv_cache=True, keep_codes=True)
 
 
 def stored_bits(program: Program) -> dict[str, float]:

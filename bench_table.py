@@ -121,7 +121,7 @@ def _cell(name: str, by_name: Mapping[str, Speed], qualities: Mapping[str, Recor
     if mine is None:
         return "–"
     beaten = any(
-        _faster(other, mine) and _loss(qualities[rival]) <= _loss(qualities[name])
+        _faster(other, mine) and loss(qualities[rival]) <= loss(qualities[name])
         for rival, other in by_name.items()
     )
     return mine.text + (" ‡" if beaten else "")
@@ -131,7 +131,7 @@ def _faster(other: Speed, mine: Speed) -> bool:
     return other.value < mine.value if mine.unit == "ms" else other.value > mine.value
 
 
-def _loss(quality: Mapping[str, Any] | None) -> float:
+def loss(quality: Mapping[str, Any] | None) -> float:
     """How much worse than the baseline; 0 for what rounding explains, the worst if unknown."""
     if quality is None:
         return float("inf")

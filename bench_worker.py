@@ -89,7 +89,7 @@ def load_module(name: str) -> ModuleType:
         return importlib.import_module(name)
     spec = importlib.util.spec_from_file_location(f"contestant_{Path(name).stem}", name)
     assert spec is not None and spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
+    made = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(made)
     return made
 

@@ -32,6 +32,7 @@ from planish.bench_run import Plan, run
 from planish.bench_table import markdown
 from planish.codegen.bundle import planish_version
 from planish.ir.read_gguf import cache_folder
+from targets import targets_markdown
 
 _HERE = Path(__file__).parent
 _PACKAGES = ("torch", "transformers", "onnxruntime", "numpy")
@@ -94,8 +95,9 @@ def main() -> None:
     results = Results(file)
     if not given.report:
         measure_all(given, results)
-    (given.out / f"{given.name}.md").write_text(markdown(results))
-    print(markdown(results))
+    text = markdown(results) + "\n" + targets_markdown(results)
+    (given.out / f"{given.name}.md").write_text(text)
+    print(text)
     pictures = given.out / given.name
     pictures.mkdir(exist_ok=True)
     for picture in draw(results, pictures):

@@ -147,6 +147,23 @@ def test_the_table_marks_worse_and_beaten_rows(tmp_path: Path) -> None:
     assert r"| m | odd | everything | needs \| a GPU |" in text
 
 
+def test_targets_are_against_peers_that_are_no_better(tmp_path: Path) -> None:
+    file = Path(__file__).parents[1] / "benchmarks" / "targets.py"
+    targets = worker.load_module(str(file))
+    results = Results(tmp_path / "r.jsonl")
+    results.add("limits", threads=1, **LIMITS)
+    made = {"peer fast": ([0.4], 0.3), "peer fine": ([0.5], 0.01), "planish a": ([0.3], 0.02)}
+    for name, (walls, kl) in {"eager": ([1.0], 0.0), **made}.items():
+        _row(results, name, walls, kl)
+    goal = targets.Target("m", "prefill", "float32", 1.2, ("peer fast",))
+    told = targets._row(goal, 1, results)
+    assert told[1:] == ["1", "planish a", "peer fast", "1.33", "33% (memory)", "reached"]
+    goal = targets.Target("m", "prefill", "float32", 1.2, ("peer fast", "peer fine"))
+    assert targets._row(goal, 1, results)[2:4] == ["none as good", "peer fine"]
+    _row(results, "planish b", [0.49], 0.0)
+    assert targets._row(goal, 1, results)[3:5] == ["peer fine", "1.02"]
+
+
 def test_milliseconds_are_better_when_fewer() -> None:
     told = {"walls": [0.2], "base": [0.6], "work": 1, "unit": "ms", "calls": 1, "bytes": 1.0}
     found = speed({**told, "operations": 1.0, "compute": "float32"}, LIMITS)
