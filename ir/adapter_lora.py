@@ -96,6 +96,19 @@ class AdaptiveRank(Delta):
 
 
 @dataclass(frozen=True)
+class Entrywise(Change):
+    """HiRA: W + W * (B A), entry by entry (Huang et al. 2025, eq. 4); W before all adapters."""
+
+    branch: LowRank
+
+    def misfit(self, spot: Spot) -> str | None:
+        return self.branch.misfit(spot)
+
+    def apply(self, weight: Tensor, base: Tensor, spot: Spot) -> Tensor:
+        return weight + base * self.branch.delta(spot, weight.dtype)
+
+
+@dataclass(frozen=True)
 class ExpertLowRank(Delta):
     """A stack's factors: a [experts * rank, in], b [out, rank * experts], experts fastest in b."""
 
@@ -181,4 +194,4 @@ class Subtracted(Change):
         return left + self.branch.delta(spot, weight.dtype)
 
 
-__all__ = ["AdaptiveRank", "Dora", "ExpertLowRank", "LowRank", "Subtracted"]
+__all__ = ["AdaptiveRank", "Dora", "Entrywise", "ExpertLowRank", "LowRank", "Subtracted"]

@@ -60,6 +60,34 @@ CASES: dict[str, tuple[str, Callable[[], Any]]] = {
         lambda: LORA(r=4, lora_alpha=7, target_modules=["head.attention", "fc1"], bias="all"),
     ),
     "LoHa": ("llama", lambda: peft.LoHaConfig(r=3, alpha=5, target_modules=LINEAR)),
+    "HiRA": ("llama", lambda: peft.HiraConfig(r=3, target_modules=[*LINEAR, "embed_tokens"])),
+    "HiRA on Conv1D": (
+        "gpt2",
+        lambda: peft.HiraConfig(r=3, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True),
+    ),
+    "OFT": (
+        "llama",
+        lambda: peft.OFTConfig(
+            r=0, oft_block_size=4, target_modules=LINEAR, use_cayley_neumann=False
+        ),
+    ),
+    "OFT by a series": (
+        "llama",
+        lambda: peft.OFTConfig(r=2, oft_block_size=0, target_modules=["q_proj", "down_proj"]),
+    ),
+    "OFT, constrained, one block": (
+        "bert",
+        lambda: peft.OFTConfig(
+            r=0,
+            oft_block_size=8,
+            target_modules=["query", "output.dense"],
+            block_share=True,
+            coft=True,
+            eps=0.3,
+            num_cayley_neumann_terms=3,
+        ),
+    ),
+    "BEFT (BitFit)": ("bert", lambda: peft.BeftConfig(target_modules=["query", "output.dense"])),
     "LoKr": ("llama", lambda: peft.LoKrConfig(r=3, alpha=5, target_modules=LINEAR)),
     "(IA)^3": (
         "llama",

@@ -13,7 +13,11 @@ import planish
 import pytest
 import torch
 import zoo
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft_adapters import CASES, LINEAR, LORA, captured_base, trained, weights_gap
+from planish.ir.adapter_change import Spot
+from planish.ir.adapter_rotation import Rotated
 from planish.ir.errors import PickleRefused, PlanishError, WrongOption, WrongOrder
 from planish.ir.read_adapter import AdapterMismatch, UnsupportedAdapter
 from planish.passes.merge_adapters import MergeAdapters
@@ -190,12 +194,37 @@ def test_unknown_kinds_and_variants_are_named(tmp_path: Path) -> None:
     trained("llama", LORA(r=4, target_modules=["q_proj"]), tmp_path)
     file = tmp_path / "adapter_config.json"
     config = json.loads(file.read_text())
-    file.write_text(json.dumps({**config, "peft_type": "OFT"}))
+    file.write_text(json.dumps({**config, "peft_type": "BOFT"}))
     error = refusal(tmp_path)
-    assert isinstance(error, UnsupportedAdapter) and "kind OFT" in str(error)
+    assert isinstance(error, UnsupportedAdapter) and "kind BOFT" in str(error)
     file.write_text(json.dumps({**config, "use_qalora": True}))
     error = refusal(tmp_path)
     assert isinstance(error, UnsupportedAdapter) and "use_qalora" in str(error)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 3), st.sampled_from([0.0, 1e-300, 1.0, 100.0]))
+def test_rotations_keep_lengths(size: int, blocks: int, scale: float) -> None:
+    """The Cayley transform is orthogonal for any values, so each output keeps its norm."""
+    generator = torch.Generator().manual_seed(size)
+    count = size * (size - 1) // 2
+    values = scale * torch.randn(blocks, count, generator=generator, dtype=torch.float64)
+    weight = torch.randn(4, size * blocks, generator=generator, dtype=torch.float64)
+    spot = Spot("up.weight", (4, size * blocks), -1)
+    change = Rotated(values, terms=0)
+    assert change.misfit(spot) is None
+    turned = change.apply(weight, weight, spot)
+    # solving with I + Q, whose condition is below 1 + |Q|, loses that many roundings
+    bound = 64 * torch.finfo(torch.float64).eps * (1 + values.norm())
+    assert ((turned.norm(dim=1) / weight.norm(dim=1)) - 1).abs().max() <= bound
+
+
+def test_blocks_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    config = peft.OFTConfig(r=0, oft_block_size=4, target_modules=["q_proj"])
+    trained("llama", config, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({k: v[:-1].contiguous() for k, v in load_file(file).items()}, file)
+    assert "11 blocks of 4 inputs, but the base's is [60, 48]" in str(refusal(tmp_path))
 
 
 def test_pickles_are_refused(tmp_path: Path) -> None:
