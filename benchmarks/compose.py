@@ -27,6 +27,7 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from planish.api import optimize, trace
 from planish.decode_onnx import OnnxDecoder
+from planish.decoder_source import DecoderSource
 from planish.demo_models import LANGUAGE_MODEL, hf_folder
 from planish.ir.read_hf_folder import read_hf_folder
 from quality import Forward, Quality, evaluate, forward, slices
@@ -120,10 +121,9 @@ def main() -> None:
     text = slices(options.texts)
     held = text.evaluation[: options.slices]
     batches = [{"input_ids": ids} for ids in text.calibration[: options.calibration].split(1)]
-    whole = trace(hf_folder(LANGUAGE_MODEL), kv_cache=True)
-    tell(
-        "whole", evaluate(of_folder(hf_folder(LANGUAGE_MODEL)), held), count=whole.parameter_count()
-    )
+    origin = hf_folder(LANGUAGE_MODEL)
+    whole = trace(origin, kv_cache=True)
+    tell("whole", evaluate(of_folder(origin), held), count=whole.parameter_count())
 
     content = recipe(options.share, options.out / "adapter")
     steps = [*BEFORE_CUT, cut_step(options.share)]
@@ -141,6 +141,7 @@ def main() -> None:
 
     file = write_recipe(options.out / "recipe.yaml", content)
     done = optimize(whole, recipe=file, calibration=batches, kv_cache=True, verify="numbers")
+    done.source = DecoderSource.of(origin)  # tokens and text, which the program does not know
     (options.out / "history.txt").write_text(str(done.history) + "\n", encoding="utf-8")
     written = done.export(options.out / "onnx", target="onnx", force=True)
     size = sum(f.stat().st_size for f in written.rglob("*") if f.is_file())

@@ -1,11 +1,12 @@
 """Tokens a second of SmolLM2-135M before and after a structured cut, in PyTorch and in ONNX.
 
-    python benchmarks/pruned_speed.py --share 0.3 --threads 2 --repeats 7
+    python benchmarks/pruned_speed.py --budget 0.3 --threads 2 --repeats 7
 
-The cut takes the same share of FFN channels, of head groups and of residual width out (as far as
-groups of heads and multiples of 32 allow; what really went is told). Both models are float32 after
-the recipe `exact`, with a KV cache; their runs are interleaved, medians are taken, and the ratio is
-that of the cut model to the whole one. Quality is no subject here: weights go by magnitude.
+The cut takes that part of all parameters: FFN channels, head groups and residual width in like
+shares, as far as groups of heads and multiples of 32 allow; what really went is told. Both models
+are float32, after the recipes `exact` and `cut`, with a KV cache; their runs are interleaved,
+medians are taken, and the ratio is that of the cut model to the whole one. Quality is no subject
+here: weights go by magnitude.
 """
 
 from __future__ import annotations
@@ -50,10 +51,10 @@ def decode(decoder: Decoder) -> float:
 MEASURES: dict[str, Callable[[Decoder], float]] = {"prefill": prefill, "decode": decode}
 
 
-def models(share: float, multiple: int) -> dict[str, Optimized]:
+def models(budget: float, multiple: int) -> dict[str, Optimized]:
     program = trace(hf_folder(LANGUAGE_MODEL), kv_cache=True)
-    options = {f"cut.{kind}": share for kind in ("ffn", "heads", "width")}
-    options["cut.multiple"] = multiple
+    options: dict[str, float] = {f"cut.{kind}": 0.5 for kind in ("ffn", "heads", "width")}
+    options |= {"cut.budget": budget, "cut.multiple": multiple}
     return {
         "whole": optimize(program, recipe="exact", kv_cache=True),
         "cut": optimize(program, recipe="cut", options=options, kv_cache=True),
@@ -62,13 +63,13 @@ def models(share: float, multiple: int) -> dict[str, Optimized]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--share", type=float, default=0.3)
+    parser.add_argument("--budget", type=float, default=0.3)
     parser.add_argument("--multiple", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    made = models(options.share, options.multiple)
+    made = models(options.budget, options.multiple)
     counts = {name: model.program.parameter_count() for name, model in made.items()}
     print(json.dumps({"parameters": counts, "kept": counts["cut"] / counts["whole"]}))
     with TemporaryDirectory() as scratch:
