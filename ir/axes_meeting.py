@@ -24,7 +24,8 @@ from .look_through import number
 from .pattern import bound_arguments
 from .program import Node
 
-_ATEN = torch.ops.aten
+_ATEN, _OURS = torch.ops.aten, torch.ops.planish
+ATTENTIONS = {_OURS.attention.default, _ATEN.scaled_dot_product_attention.default}
 
 
 def meet_all(flow: ChannelWalk, node: Node) -> Any:
@@ -174,11 +175,45 @@ def sum_over(flow: ChannelWalk, ids: Tensor) -> Tensor:
 
 def _index_selected(flow: ChannelWalk, node: Node) -> Any:
     """Stored places choose among channels too."""
-    index = node.args[2]
-    if isinstance(index, fx.Node) and index.op == "get_attr":
-        places = flow.program.weights[str(index.target)]
-        return _ATEN.index_select.default(flow.ids(node.args[0]), node.args[1], places)  # type: ignore[arg-type]
-    return index_selected(flow, node)
+    source, index = node.args[0], node.args[2]
+    if not (isinstance(source, fx.Node) and chooses(node, source)):
+        return index_selected(flow, node)
+    places = flow.program.weights[str(index.target)]  # type: ignore[union-attr]
+    axis = int(node.args[1])  # type: ignore[arg-type]
+    ids = flow.ids(source)
+    row = ids.movedim(axis, -1)
+    if alike(row) and not constant_along(ids, axis) and read_in_parts(source):
+        own = own_part(flow, source, row[(0,) * (row.dim() - 1)][places])
+        return flow.fit(own.reshape([-1, *[1] * (ids.dim() - axis % ids.dim() - 1)]), node)
+    return _ATEN.index_select.default(ids, axis, places)
+
+
+def chooses(node: Node, source: Node) -> bool:
+    """Whether a node is a choice of stored places of a value."""
+    index = node.args[2] if node.target is _ATEN.index_select.default else None
+    return isinstance(index, fx.Node) and index.op == "get_attr" and node.args[0] is source
+
+
+def read_in_parts(value: Node) -> bool:
+    """Whether a value is read by choices of stored places, and as the mask of attentions only."""
+    return all(chooses(user, value) or reads_as_mask(user, value) for user in value.users)
+
+
+def reads_as_mask(node: Node, value: Node) -> bool:
+    if node.target not in ATTENTIONS:
+        return False
+    given = bound_arguments(node)
+    masks = [name for name in ("mask", "attn_mask") if given.get(name) is value]
+    return len(masks) == sum(read is value for read in given.values())
+
+
+def own_part(flow: ChannelWalk, read: Node, ids: Tensor) -> Tensor:
+    """Channels of what one reader takes of a value that others read too. Those of the value go when
+    all that readers take goes."""
+    own = torch.where(ids != 0, flow.channels.new(ids.numel()).reshape(ids.shape), 0)
+    pairs = torch.stack((ids[own != 0], own[own != 0])).numpy()
+    flow.channels.pools.setdefault(read.name, []).append(pairs)
+    return own
 
 
 def _normalized(flow: ChannelWalk, node: Node) -> Any:
@@ -204,4 +239,13 @@ MEETING: dict[Any, Rule] = {
     **dict.fromkeys((_ATEN.softmax.int, _ATEN._softmax.default), _normalized),
 }
 
-__all__ = ["MEETING", "meet_all", "meet_bare", "sum_over", "weight_met"]
+__all__ = [
+    "ATTENTIONS",
+    "MEETING",
+    "meet_all",
+    "meet_bare",
+    "own_part",
+    "read_in_parts",
+    "sum_over",
+    "weight_met",
+]

@@ -14,7 +14,15 @@ from torch import Tensor, fx
 
 from .axes_channels import carries, constant_along
 from .axes_covers import alike, meet, rows_of
-from .axes_meeting import meet_all, meet_bare, sum_over, weight_met
+from .axes_meeting import (
+    ATTENTIONS,
+    meet_all,
+    meet_bare,
+    own_part,
+    read_in_parts,
+    sum_over,
+    weight_met,
+)
 from .axes_walk import ChannelWalk, Rule, Unfollowed
 from .axes_weights import WeightView
 from .pattern import bound_arguments
@@ -22,7 +30,6 @@ from .program import Node
 from .text import op_text
 
 _ATEN, _OURS = torch.ops.aten, torch.ops.planish
-_ATTENTIONS = {_OURS.attention.default, _ATEN.scaled_dot_product_attention.default}
 
 
 def _linear(flow: ChannelWalk, node: Node) -> Any:
@@ -224,30 +231,12 @@ def _met_by_heads(
         raise Unfollowed("its mask has channels along positions")
     else:
         row = ids[..., :1, :1] if positions else ids
-        if view is None and row.dim() > 2 and row.shape[-3] == heads > 1 and _only_masks(read):
-            row = _own_part(flow, node, read, row)
+        if view is None and row.dim() > 2 and row.shape[-3] == heads > 1 and read_in_parts(read):
+            row = own_part(flow, read, row[:1] if row.dim() > 3 else row)
+            flow.bare[node, read] = flow.fit(row, read)
         met = meet(flow.channels, head, row)
     met = met if positions else met.reshape(1, -1, 1, 1)
     return met[:1]
-
-
-def _own_part(flow: ChannelWalk, node: Node, read: Node, row: Tensor) -> Tensor:
-    """Channels of what this reader takes of a value [..., heads, 1, 1] that others read too."""
-    row = row[:1] if row.dim() > 3 else row
-    own = torch.where(row != 0, flow.channels.new(row.numel()).reshape(row.shape), 0)
-    pairs = torch.stack((row[own != 0], own[own != 0])).numpy()
-    flow.channels.pools.setdefault(read.name, []).append(pairs)
-    flow.bare[node, read] = flow.fit(own, read)
-    return own
-
-
-def _only_masks(read: Node) -> bool:
-    """Whether a value is read as the mask of attentions only."""
-    return all(
-        user.target in _ATTENTIONS
-        and read in (bound_arguments(user).get("mask"), bound_arguments(user).get("attn_mask"))
-        for user in read.users
-    )
 
 
 MEETING_PRODUCTS: dict[Any, Rule] = {
@@ -261,7 +250,7 @@ MEETING_PRODUCTS: dict[Any, Rule] = {
     **dict.fromkeys(
         (_OURS.rms_norm.default, _ATEN.rms_norm.default, _ATEN.layer_norm.default), _normed
     ),
-    **dict.fromkeys(_ATTENTIONS, _attention),
+    **dict.fromkeys(ATTENTIONS, _attention),
     _OURS.rotary.default: _rotated,
     _OURS.gated.default: meet_all,
     _OURS.quick_gelu.default: meet_all,

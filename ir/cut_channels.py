@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .channel_map import AttentionHeads, ChannelMap, channel_map
 from .cut_graph import CannotCut, LiteralSizes, cannot_cut, kept_sizes, set_argument
+from .cut_reads import choose_again, read_less
 from .edit import Editor, infer
 from .pattern import bound_arguments
 from .program import Node, Program
@@ -77,9 +78,13 @@ class _Cut:
                 if self.norms == "kept":
                     self._keep_statistics(node)
                 literals.change(node)
+                choose_again(self.editor, node, self.masks)
         for node, read in self.channels.bare:
-            self._read_less(node, read, self.channels.kept_bare((node, read), self.gone))
+            wanted = self.channels.kept_bare((node, read), self.gone)
+            whole = self.channels.values(read) is None
+            read_less(self.editor, node, read, wanted, self.masks.get(read), whole)
         self._cut_weights()
+        self.editor.sweep()
         self._infer()
 
     def _mask(self, node: Node) -> None:
@@ -102,31 +107,6 @@ class _Cut:
         kept = queries.reshape(len(heads.key), -1).sum(-1)
         if (kept[~keys] > 0).any() or len(set(kept[keys].tolist())) > 1:
             raise cannot_cut(heads.node, "its key heads would serve different numbers of queries")
-
-    def _read_less(self, node: Node, read: Node, wanted: Tensor) -> None:
-        """The node reads only the wanted places of a value that is as it was, or is cut less."""
-        there = self.masks.get(read)
-        there = there if isinstance(there, Tensor) else torch.ones_like(wanted)
-        taken = read
-        for axis in range(wanted.dim()):
-            others = [a for a in range(wanted.dim()) if a != axis]
-            stay, has = (m.sum(others) > 0 if others else m for m in (wanted & there, there))
-            if bool((stay == has).all()):
-                continue
-            places = stay[has].nonzero().flatten()
-            with self.editor.graph.inserting_before(node):
-                taken = self._choose(taken, axis, places)
-            taken.meta = {"module": node.meta.get("module", "")}
-        if taken is not read:
-            node.replace_input_with(read, taken)
-
-    def _choose(self, value: Node, axis: int, places: Tensor) -> Node:
-        first, end = int(places[0]), int(places[-1]) + 1
-        graph = self.editor.graph
-        if end - first == len(places):
-            return graph.call_function(_ATEN.slice.Tensor, (value, axis, first, end))
-        kept = self.editor.weight("kept_places", places)
-        return graph.call_function(_ATEN.index_select.default, (value, axis, kept))
 
     # norms
 

@@ -31,7 +31,10 @@ def query_units(channels: ChannelMap, costs: Costs) -> list[Unit]:
 
 def _once(units: list[Unit]) -> list[Unit]:
     """Without those of attentions that share their weights with one before."""
-    return list({unit.roots: unit for unit in reversed(units)}.values())[::-1]
+    found: dict[frozenset[int], Unit] = {}
+    for unit in units:
+        found.setdefault(unit.roots, unit)
+    return list(found.values())
 
 
 def _queries(channels: ChannelMap, costs: Costs, kind: Kind, heads: AttentionHeads) -> list[Unit]:
