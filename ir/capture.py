@@ -1,6 +1,6 @@
 """Capture: a model becomes a Program.
 
-`torch.export` without decompositions, then functionalized by an empty decomposition table: the
+`torch.export` without decompositions, then functionalized as by an empty decomposition table: the
 form in which `linear`, `layer_norm` and `scaled_dot_product_attention` are still whole and no
 operation writes to memory.
 """
@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from .capture_failure import capture_failed
 from .errors import CaptureFailed, StatefulModel, WrongInput
+from .functional_form import functional_form
 from .named_arguments import named_arguments
 from .own_cache import without_own_cache
 from .program import Program
@@ -71,10 +72,12 @@ def capture_exported(exported: ExportedProgram) -> Program:
     """Make a Program of an ExportedProgram; raises StatefulModel if it writes to buffers."""
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        exported = exported.run_decompositions({})
+        functional = functional_form(exported)
+        if functional is None:
+            exported = exported.run_decompositions({})
     _refuse_state(exported)
     entries = _weight_entries(exported)
-    graph = _lift_weights(exported, entries.aliases)
+    graph = _lift_weights(exported, functional or exported.graph, entries.aliases)
     call = exported.call_spec
     assert call.in_spec is not None and call.out_spec is not None
     program = Program(graph, entries, call.in_spec, call.out_spec)
@@ -222,13 +225,15 @@ def _weight_entries(exported: ExportedProgram) -> Weights:
     return Weights(entries, known)
 
 
-def _lift_weights(exported: ExportedProgram, aliases: Mapping[str, str]) -> fx.Graph:
+def _lift_weights(
+    exported: ExportedProgram, functional: fx.Graph, aliases: Mapping[str, str]
+) -> fx.Graph:
     """Copy the graph; lifted placeholders become get_attr nodes, inputs placeholders."""
     specs = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     by_name: dict[str, fx.Node] = {}
-    nodes = list(exported.graph.nodes)
+    nodes = list(functional.nodes)
     placeholders = [node for node in nodes if node.op == "placeholder"]
     inputs = [node for node in placeholders if specs[node.name].kind == InputKind.USER_INPUT]
     for node in inputs:
@@ -248,7 +253,7 @@ def _lift_weights(exported: ExportedProgram, aliases: Mapping[str, str]) -> fx.G
         mapping[node] = by_name[name]
     for node in nodes:
         if node.op == "output":
-            results = _results(exported, node, mapping)
+            results = _results(node, mapping)
             graph.output(results).meta = {}
         elif node.op != "placeholder":
             _refuse_nested(node)
@@ -269,9 +274,7 @@ def _name_epsilon(node: fx.Node) -> None:
         node.args = (*given[:3], torch.finfo(computed).eps)
 
 
-def _results(
-    exported: ExportedProgram, output: fx.Node, mapping: Mapping[fx.Node, fx.Node]
-) -> list[Any]:
+def _results(output: fx.Node, mapping: Mapping[fx.Node, fx.Node]) -> list[Any]:
     flat = list(output.args[0])  # type: ignore[arg-type]
     return [mapping[value] if isinstance(value, fx.Node) else value for value in flat]
 

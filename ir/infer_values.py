@@ -55,11 +55,9 @@ class Inference:
 
     def call(self, node: Node) -> Any:
         """The value of a call whose arguments have theirs; raises what the operator raises."""
-        if any(tag in getattr(node.target, "tags", ()) for tag in _OWN_SIZES):
-            return self._computed(node)  # every call has sizes of its own
-        try:
-            key = (node.target, self._key(node.args), self._key(node.kwargs))
-        except _Single:
+        own_sizes = any(tag in getattr(node.target, "tags", ()) for tag in _OWN_SIZES)
+        key = None if own_sizes else self.kind(node)
+        if key is None:
             return self._computed(node)
         if key not in self._values:
             value = self._computed(node)
@@ -67,6 +65,13 @@ class Inference:
                 return value
             self._values[key] = self._shared(value)
         return self._values[key]
+
+    def kind(self, node: Node) -> Hashable | None:
+        """The operator and its arguments by their classes; None if one is of no known class."""
+        try:
+            return node.target, self._key(node.args), self._key(node.kwargs)
+        except _Single:
+            return None
 
     def _computed(self, node: Node) -> Any:
         def value(argument: Node) -> Any:

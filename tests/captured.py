@@ -23,7 +23,9 @@ from planish.ir.read_gguf import cache_folder
 
 _SOURCES = (
     "capture.py",
+    "functional_form.py",
     "graph_json.py",
+    "infer_values.py",
     "interpret.py",
     "ops.py",
     "program.py",
