@@ -72,27 +72,34 @@ def _bars(results: Results, model: str, threads: int, file: Path) -> Path:
 
 
 def _scatter(results: Results, model: str, threads: int, file: Path) -> Path:
-    """Ratio to eager against the loss of quality, a panel for each measure of batch one."""
+    """Ratio to eager against the loss of quality; the rows are numbered."""
     figures, canvas = import_matplotlib()
     found = speeds_of(results, model, threads)
-    shown = [m for m in found if "batch" not in m or m.endswith("batch 1")][:6]
-    figure: Any = figures.Figure(figsize=(5.2 * len(shown), 4.4), layout="constrained")
-    panels: Any = figure.subplots(1, len(shown), squeeze=False)
+    shown = [m for m in ("prefill 512", "decode after 128, batch 1") if m in found]
+    shown = shown or list(found)[:2]
     rows = {r["contestant"]: quality_of(results, r) for r in current(results, model)}
-    for axes, measure in zip(panels.flat, shown, strict=True):
+    numbers = {name: number for number, name in enumerate(rows, 1)}
+    figure: Any = figures.Figure(figsize=(5.6 * len(shown) + 3, 5.6), layout="constrained")
+    widths = [5.6] * len(shown) + [3]
+    panels: Any = figure.subplots(1, len(shown) + 1, squeeze=False, width_ratios=widths)
+    for axes, measure in zip(panels.flat, shown, strict=False):
         for name, mine in found[measure].items():
             quality = rows.get(name)
             if quality is None or mine.ratio is None:
                 continue
             loss = quality["kl"] if "kl" in quality else 1 - quality["cosine"]
-            axes.plot(mine.ratio, max(loss, 1e-7), "o", color=_colour(name))
             place = (mine.ratio, max(loss, 1e-7))
-            axes.annotate(name, place, xytext=(4, 3), textcoords="offset points", fontsize=6)
+            axes.plot(*place, "o", color=_colour(name), markersize=11, alpha=0.8)
+            centred = {"ha": "center", "va": "center", "fontsize": 6, "color": "w"}
+            axes.annotate(str(numbers[name]), place, **centred)
         axes.set_yscale("log")
-        axes.set_title(f"{measure}", fontsize=8)
-        axes.set_xlabel("ratio to eager (right is faster)", fontsize=7)
-        axes.set_ylabel("KL to eager, nats, or 1 - cosine (lower is better)", fontsize=7)
-        axes.margins(x=0.2)
+        axes.set_title(measure, fontsize=9)
+        axes.set_xlabel("ratio to eager (right is faster)", fontsize=8)
+        axes.set_ylabel("KL to eager, nats, or 1 - cosine (lower is better)", fontsize=8)
+        axes.margins(0.08)
         axes.grid(visible=True, alpha=0.25)
-    figure.suptitle(f"{model}, {threads} threads", fontsize=9)
+    panels[0, -1].set_axis_off()
+    words = "\n".join(f"{number}  {name}" for name, number in numbers.items())
+    panels[0, -1].text(0, 1, words, va="top", fontsize=7, transform=panels[0, -1].transAxes)
+    figure.suptitle(f"{model}, {threads} threads", fontsize=10)
     return _save(figure, canvas, file)
