@@ -107,7 +107,7 @@ class Finder:
         return found
 
     def _of_sum(self, node: Node) -> list[Region]:
-        terms, constants, sums = self._flatten(node)
+        terms, constants, sums = self.flatten(node)
         outer = [user for user in node.users if self.steps.get(user, _NONE).kind == "sum"]
         extends = len(node.users) == 1 and bool(outer)
         regions: list[Region] = []
@@ -125,7 +125,7 @@ class Finder:
             )
         return regions
 
-    def _flatten(
+    def flatten(
         self, root: Node
     ) -> tuple[list[tuple[Node, float]], list[tuple[Any, float]], frozenset[Node]]:
         """The addends of a sum of sums, its constants, and the sums in it."""

@@ -25,13 +25,14 @@ from ..ir.weight_expressions import constant_nodes, evaluate, sources
 from .branch_matrix import merged, why_not_one
 from .contract import Context, Pass, contract
 from .find_adapter_branch import Finder, Region
+from .find_added_bias import added_biases
 from .merge_packed import change_rows, find_packed, why_not_packed
 from .merged_product import Base, find_base, put_in_place, stored
 
 
 @dataclass(frozen=True)
 class MergeLora(Pass):
-    """Fold low-rank branches and channel scalings into the weights they belong to."""
+    """Fold low-rank branches, channel scalings and added biases where they belong."""
 
     contract = contract("bounded", requires=["functional"], rounds_weights=True)
 
@@ -53,7 +54,9 @@ class Merger:
         sums = finder.sums()
         taken = {node for region in sums for node in (*region.steps, *region.sums)}
         self._merge_packed(finder, taken)
-        regions = [*sums, *finder.scalings(taken)]
+        scaled = finder.scalings(taken)
+        taken |= {node for region in scaled for node in region.steps}
+        regions = [*sums, *scaled, *added_biases(finder, taken)]
         groups: dict[Node, list[tuple[Region, Base]]] = {}
         for region in regions:
             base = find_base(region)
@@ -273,4 +276,7 @@ def _key(region: Region) -> str:
 
 def _told(region: Region) -> str:
     count = len(region.products)
-    return f"{count} products are one" if count > 1 else "a scaling is in the weight"
+    if count > 1:
+        return f"{count} products are one"
+    scaled = any(step.kind == "scale" for step in region.steps.values())
+    return "a scaling is in the weight" if scaled else "what is added is in the bias"

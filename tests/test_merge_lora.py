@@ -23,6 +23,7 @@ from planish.ir.text import program_text
 from planish.passes.canonicalize import Canonicalize
 from planish.passes.merge_lora import MergeLora
 from planish.passes.pipeline import Pipeline
+from planish.passes.share_subexpressions import ShareSubexpressions
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -96,7 +97,7 @@ def peft_case(name: str, config: Any) -> tuple[nn.Module, Program]:
     torch.manual_seed(0)
     model = peft.get_peft_model(sample.model, config).eval()
     for key, parameter in model.named_parameters():
-        if any(word in key for word in ("ia3", "vera_lambda", "magnitude")):
+        if any(word in key for word in ("ia3", "vera_lambda", "magnitude", "beft")):
             parameter.data += 0.3 * torch.randn_like(parameter)
     return model, capture_module(model.get_base_model(), sample.args, sample.kwargs)
 
@@ -175,6 +176,19 @@ PEFT: dict[str, tuple[str, Callable[[], Any], int]] = {
         lambda: peft.LoraConfig(target_modules=["query"], lora_bias=True, **RANDOM),
         1,
     ),
+    "adalora": (
+        "llama",
+        lambda: peft.AdaLoraConfig(
+            init_r=3, total_step=9, target_modules=["q_proj", "down_proj"], init_lora_weights=False
+        ),
+        2,
+    ),
+    "hira": (
+        "llama",
+        lambda: peft.HiraConfig(r=3, target_modules=["q_proj", "down_proj"], init_weights=False),
+        2,
+    ),
+    "bitfit": ("bert", lambda: peft.BeftConfig(target_modules=["query", "output.dense"]), 3),
     "convolution": (
         "vit",
         lambda: peft.LoraConfig(target_modules=["projection", "q_proj"], **RANDOM),
@@ -196,8 +210,9 @@ def test_it_is_what_peft_merges(case: str) -> None:
     before = {key: program.weights[key] for key in program.weights}
     after = merge(program)
     assert applied(after) == count
-    plain = Pipeline([Canonicalize()]).run(captured_one_layer(name))
-    assert len(after.graph.nodes) == len(plain.graph.nodes)  # nothing of the adapter is left
+    plain = Pipeline([Canonicalize(), ShareSubexpressions()]).run(captured_one_layer(name))
+    once = Pipeline([ShareSubexpressions()]).run(after)  # what an addition in place wrote twice
+    assert len(once.graph.nodes) == len(plain.graph.nodes)  # nothing of the adapter is left
     wanted = model.merge_and_unload().state_dict()
     compared = 0
     for key in after.weights:
@@ -209,6 +224,42 @@ def test_it_is_what_peft_merges(case: str) -> None:
         assert gap <= 16 * torch.finfo(torch.float32).eps * size
         compared += 1
     assert compared >= count
+
+
+class Shifted(nn.Module):
+    """A product with a vector added to it twice; what else may be added is no bias of its own."""
+
+    def __init__(self, kind: str = "") -> None:
+        super().__init__()
+        self.base = nn.Linear(6, 10, bias=kind != "no bias")
+        shape = {"by place": (3, 10), "one number": (1,)}.get(kind, (10,))
+        self.first, self.second = nn.Parameter(torch.rand(shape)), nn.Parameter(torch.rand(10))
+        self.read_twice = kind == "read twice"
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        shifted = y + self.first + self.second if self.first.numel() == 10 else y + self.first
+        return shifted * y if self.read_twice else shifted
+
+
+def test_a_bias_that_was_trained_apart_goes_into_the_bias() -> None:
+    model = seeded(Shifted())
+    after = merge(capture(model))
+    assert program_text(after) == (
+        "%x : f32[n0, 3, 6]\n"
+        "%base = linear(%x, %base.weight, %base.bias) : f32[n0, 3, 10]\n"
+        "return [%base]"
+    )
+    bias = model.base.bias.double() + model.first.double() + model.second.double()
+    assert torch.equal(after.weights["base.bias"], bias.float())
+    assert torch.equal(after.weights["base.weight"], model.base.weight)
+    assert [a.note for a in after.history.records[-1].applied] == ["what is added is in the bias"]
+
+
+@pytest.mark.parametrize("kind", ["no bias", "by place", "one number", "read twice"])
+def test_what_is_added_and_no_bias_stays(kind: str) -> None:
+    after = merge(capture(seeded(Shifted(kind))))
+    assert applied(after) == 0 and not declined(after)
 
 
 @functools.cache
