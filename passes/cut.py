@@ -26,25 +26,28 @@ class Cut(Pass):
     """Remove shares of layers and units, the least important of each place.
 
     ffn, heads, width: what share of the FFN channels of each layer, of the head groups of each
-    attention, of the channels of the residual stream goes; at least one stays. experts: of each
-    routed layer. layers, attention_layers, mlp_layers: of whole layers, or of their attention or
-    MLP branches. shape: instead of shares, what shall be left, as
-    "layers=24,heads=12,kv_heads=4,ffn=2048,hidden=640,experts=4".
+    attention, of the channels of the residual stream goes; at least one stays. queries: of the
+    query heads of each key head. embedding: of the channels of tables that a product widens or
+    narrows to the stream. experts: of each routed layer. layers, attention_layers, mlp_layers: of
+    whole layers, or of their attention or MLP branches. shape: instead of shares, what shall be
+    left, as "layers=24,heads=12,kv_heads=4,ffn=2048,hidden=640,experts=4".
     budget: what part of the parameters, FLOPs or measured latency (`measure`) of the whole program
     goes; the shares then say which kinds may go and in what proportion (without: ffn and heads).
     importance: magnitude; wanda, taylor, fisher or learned, which take calibration batches.
     scope: "uniform", the same share in each place, or "global", units of a kind compete over all.
-    multiple: what the numbers of FFN and width channels that stay are multiples of (kernels like 8
-    to 64). reconstruct: solve what reads the cut channels anew by least squares on the calibration
-    batches. norms: "kept" divides by the number of channels before the cut, which keeps the
-    function; "own" by what is left; "auto" is "kept", but "own" where a target shape narrows
-    LayerNorms, whose kept form no architecture has. Raises WrongOption, WrongOrder, CannotCut,
-    CannotReach, BudgetNotReached, CannotCutLayers.
+    multiple: what the numbers of FFN, width and embedding channels that stay are multiples of
+    (kernels like 8 to 64). reconstruct: solve what reads the cut channels anew by least squares on
+    the calibration batches. norms: "kept" divides by the number of channels before the cut, which
+    keeps the function; "own" by what is left; "auto" is "kept", but "own" where a target shape
+    narrows LayerNorms, whose kept form no architecture has. Raises WrongOption, WrongOrder,
+    CannotCut, CannotReach, BudgetNotReached, CannotCutLayers.
     """
 
     ffn: float = 0.0
     heads: float = 0.0
     width: float = 0.0
+    queries: float = 0.0
+    embedding: float = 0.0
     experts: float = 0.0
     layers: float = 0.0
     attention_layers: float = 0.0

@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..ir.errors import WrongOption
+from ..ir.prunable_units import Kind
 from .choose_units import SCOPES
 from .cut_budget import MEASURES as BUDGETS
 from .target_shape import parse_target_shape
 from .unit_importance import MEASURES
 
 LEARNED = "learned"
-SHARES = ("ffn", "heads", "width", "experts", "layers", "attention_layers", "mlp_layers")
+KINDS: tuple[Kind, ...] = ("heads", "queries", "ffn", "width", "embedding")
+SHARES = (*KINDS, "experts", "layers", "attention_layers", "mlp_layers")
 _IMPORTANCE = (*MEASURES, LEARNED)
 
 
@@ -73,4 +75,4 @@ def _check_together(options: Mapping[str, Any]) -> None:
         )
 
 
-__all__ = ["LEARNED", "SHARES", "check_options"]
+__all__ = ["KINDS", "LEARNED", "SHARES", "check_options"]

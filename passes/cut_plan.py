@@ -20,7 +20,7 @@ from .contract import Context
 from .cut_budget import counts_for_budget
 from .cut_experts import count_experts, cut_experts
 from .cut_layers import count_layers, cut_layers
-from .cut_options import LEARNED, SHARES
+from .cut_options import KINDS, LEARNED, SHARES
 from .learned_gates import learn_scores
 from .target_shape import Present, TargetShape, counts_for_shape, parse_target_shape
 from .unit_importance import OF_LOSS, unit_importance
@@ -28,7 +28,6 @@ from .whole_cost import WholeCost
 from .why_no_units import why_no_units
 
 _NAME = "cut"
-_KINDS: tuple[Kind, ...] = ("heads", "ffn", "width")
 
 
 class CutPlan:
@@ -41,7 +40,7 @@ class CutPlan:
         self.growth = growth
         text = options["shape"]
         self.shape: TargetShape | None = parse_target_shape(text) if text else None
-        self.ratios: dict[Kind, float] = {k: options[k] for k in _KINDS if options[k] > 0}
+        self.ratios: dict[Kind, float] = {k: options[k] for k in KINDS if options[k] > 0}
         if options["budget"] is not None and not self.ratios:
             self.ratios = {"heads": 1.0, "ffn": 1.0}
 
@@ -83,7 +82,7 @@ class CutPlan:
         if self.options["budget"] is None:
             return None
         measure = self.options["measure"]
-        return WholeCost(measure, self.program, channels, self.context.calibration)
+        return WholeCost(measure, self.program, channels, self.context)
 
     # layers and experts
 

@@ -12,9 +12,9 @@ import torch
 from ..ir.graph_module import graph_module
 from ..ir.program import Program
 
-_ROUNDS = 7
-_ENOUGH = 0.3
-"""Seconds that the medians are of, at least; short calls get more rounds."""
+_ROUNDS = 3
+_ENOUGH = 1.0
+"""Seconds of one program that a median is of, at least: short calls get more rounds."""
 _MOST_ROUNDS = 300
 
 

@@ -153,6 +153,10 @@ class _Check:
     def _heads(self) -> Counts:
         """Key heads with all their query heads, then query heads of every key head."""
         counts: Counts = {}
+        if not self.present.channels.attentions:
+            named = "heads" if self.shape.heads is not None else "kv_heads"
+            self._not_cut(named, getattr(self.shape, named), "the program has no attention")
+            self.nearest |= {"heads": None, "kv_heads": None}
         for place in self.present.channels.attentions:
             where = str(place.node.meta.get("module", "")) or place.node.name
             now = (len(place.query), len(place.key))

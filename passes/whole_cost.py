@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from ..ir.channel_map import ChannelMap, channel_map
 from ..ir.cut_channels import Norms, cut_channels
 from ..ir.history import Measured
 from ..ir.program import Program
 from .choose_units import Choice, Counts
+from .contract import Context
 from .measure_latency import Latency
 from .program_costs import example_call, program_costs
 
@@ -18,13 +18,15 @@ class WholeCost:
     """measure: parameters, flops or latency, of the program as it is now. Raises WrongOrder."""
 
     def __init__(
-        self, measure: str, program: Program, channels: ChannelMap, calibration: list[list[Any]]
+        self, measure: str, program: Program, channels: ChannelMap, context: Context
     ) -> None:
-        self.measure, self._calibration = measure, calibration
+        self.measure, self._context = measure, context
+        self._tried = 0
         self._latency: Latency | None = None
         self.before = 1.0
         if measure == "latency":
-            self._latency = Latency(program.copy(), example_call(program, calibration))
+            call = example_call(program, context.calibration)
+            self._latency = Latency(program.copy(), call)
         else:
             self.before = self._counted(program, channels)
 
@@ -36,6 +38,8 @@ class WholeCost:
         if latency is not None:
 
             def timed(counts: Counts) -> float:
+                self._context.progress(min(self._tried, self.steps), self.steps, "latency")
+                self._tried += 1
                 made = program.copy()
                 dead = choice.dead(counts)
                 if dead:
@@ -44,7 +48,7 @@ class WholeCost:
 
             return timed
         flops = self.measure == "flops"
-        costs = program_costs(program, channels, self._calibration, flops=flops)
+        costs = program_costs(program, channels, self._context.calibration, flops=flops)
         count = costs.flops if flops else costs.parameters
         return lambda counts: 1 - count(choice.dead(counts)) / self.before
 
@@ -65,7 +69,7 @@ class WholeCost:
         if self.measure == "parameters":
             return float(program.parameter_count())
         found = channel_map(program) if channels is None else channels
-        return program_costs(program, found, self._calibration, flops=True).flops()
+        return program_costs(program, found, self._context.calibration, flops=True).flops()
 
 
 __all__ = ["WholeCost"]

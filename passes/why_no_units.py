@@ -14,6 +14,7 @@ _WORDS: dict[str, str] = {
     "queries": "no key head with several query heads was found",
     "ffn": "no product was found whose channels another product reads",
     "width": "no stream was found that starts at a table, which products write and read",
+    "embedding": "no table was found whose channels only products read",
 }
 
 
@@ -24,7 +25,8 @@ def why_no_units(channels: ChannelMap, kind: Kind) -> str:
     for (name, axis), made in channels.produces.items():
         roots = [int(root) for root in np.unique(channels.axes[name, axis]) if root]
         ours = {
-            "width": made == "table",
+            "width": made in ("table", "norm"),
+            "embedding": made == "table",
             "ffn": made == "product" and read >= set(roots) and not attended & set(roots),
         }.get(kind, made == "product" and bool(attended & set(roots)))
         blocked = next((root for root in roots if root in channels.blocked), None)

@@ -196,6 +196,11 @@ def test_models_without_experts_say_so() -> None:
     assert "no experts" in refused("llama", "experts=2").expected
 
 
+def test_models_without_attention_say_so() -> None:
+    told = refused("mamba", "heads=3,hidden=40")
+    assert "no attention" in told.expected and told.fix.endswith("is hidden=40")
+
+
 def test_fewer_layers_need_calibration() -> None:
     with pytest.raises(WrongOrder, match="influence"):
         Pipeline([Cut(shape="layers=1")]).run(raised("llama"))
