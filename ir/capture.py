@@ -229,12 +229,14 @@ def _lift_weights(
     exported: ExportedProgram, functional: fx.Graph, aliases: Mapping[str, str]
 ) -> fx.Graph:
     """Copy the graph; lifted placeholders become get_attr nodes, inputs placeholders."""
-    specs = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     by_name: dict[str, fx.Node] = {}
     nodes = list(functional.nodes)
     placeholders = [node for node in nodes if node.op == "placeholder"]
+    # by place: a copy of a graph gives other names to inputs that are called as a builtin is
+    told = zip(placeholders, exported.graph_signature.input_specs, strict=True)
+    specs = {node.name: spec for node, spec in told}
     inputs = [node for node in placeholders if specs[node.name].kind == InputKind.USER_INPUT]
     for node in inputs:
         mapping[node] = graph.placeholder(node.name)
