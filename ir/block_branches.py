@@ -88,20 +88,30 @@ def streams(program: Program) -> list[list[Branch]]:
 def layers_of(stream: Sequence[Branch]) -> list[Layer]:
     """The layers of one stream; those whose ends differ in shape are left out."""
     found: list[Layer] = []
-    for branches in _turns(stream):
-        enters = branches[0].enters
-        leaves = branches[-1].norm or _shaped_like(branches[-1].total, enters)
+    turns = _turns(stream)
+    normed = 0  # layers that end in a norm, also where their other sums have none
+    for number, branches in enumerate(turns):
+        enters, last = branches[0].enters, branches[-1]
+        norms = [node for node in _norm_behind(last.total) if alike(node, enters)]
+        after = turns[number + 1][0].enters if number + 1 < len(turns) else None
+        if after is None and number and normed == number and norms:
+            after = norms[-1]
+        leaves = last.norm or (after if after in norms else _shaped_like(last.total, enters))
+        normed += leaves in norms
         if leaves is not None and alike(leaves, enters):
             found.append(Layer(tuple(branches), enters, leaves))
     return found
 
 
 def _turns(stream: Sequence[Branch]) -> list[list[Branch]]:
-    """The shortest pattern of kinds that the stream repeats; else from attention to attention."""
+    """The shortest pattern of kinds that the stream repeats, maybe behind one branch alone (a
+    convolution of positions); without a pattern, from attention to attention."""
     kinds = [branch.kind for branch in stream]
-    for size in range(1, len(kinds)):
-        if len(kinds) % size == 0 and kinds == kinds[:size] * (len(kinds) // size):
-            return [list(stream[at : at + size]) for at in range(0, len(kinds), size)]
+    for first in (0, 1):
+        count = len(kinds) - first
+        for size in range(1 + first, count // 2 + 1):
+            if count % size == 0 and kinds[first:] == kinds[first : first + size] * (count // size):
+                return [list(stream[at : at + size]) for at in range(first, len(kinds), size)]
     turns: list[list[Branch]] = []
     for place, branch in enumerate(stream):
         if not turns or (branch.kind == "attention" and kinds[place - 1] == "mlp"):
@@ -171,7 +181,7 @@ def _with_norms(chain: list[Branch]) -> list[Branch]:
         norms[total] = after[0]
     starts = [user.target for branch in chain for user in branch.enters.users]
     if len(totals) > 1 or not any(target in _NORMS for target in starts):
-        last = [node for node in _norm_behind(totals[-1]) if alike(node, chain[-1].enters)]
+        last = [node for node in _norm_behind(totals[-1]) if alike(node, chain[0].enters)]
         if last:
             norms[totals[-1]] = last[-1]
     return [replace(branch, norm=norms.get(branch.total)) for branch in chain]

@@ -5,6 +5,7 @@ Everything is read from the data flow; no architecture is known by name.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +83,7 @@ class ResidualSums:
         for node in self.ancestry.between(enters, term):
             if node.target in _ATTENTIONS or node.target in _CONVOLUTIONS:
                 return True
-            if node.target in _PRODUCTS and not self._weighted(node):
+            if _operands(node) and not self._weighted(node):
                 return True
         return False
 
@@ -122,16 +123,21 @@ class ResidualSums:
             if rest in self.sums:
                 rest = self.sums[rest].rest
                 continue
-            reads = [read for read in rest.all_input_nodes if read not in self.constant]
-            if rest.target not in _SCALES or not reads:
+            source = self._scaled(rest)
+            if source is None:
                 return None
-            rest = reads[0]
+            rest = source
         return None if rest in self.constant else rest
 
+    def _scaled(self, node: Node) -> Node | None:
+        """What a value is a view of, or a multiple by one number."""
+        reads = [read for read in node.all_input_nodes if read not in self.constant]
+        rest = [read for read in node.all_input_nodes if read in self.constant]
+        single = all(value_of(read).numel() == 1 for read in rest)
+        return reads[0] if node.target in _SCALES and len(reads) == 1 and single else None
+
     def _weighted(self, node: Node) -> bool:
-        names = _PRODUCTS.get(node.target)
-        given = bound_arguments(node) if names else {}
-        return any(self._of_weight(given[name]) for name in names or ())
+        return any(self._of_weight(operand) for operand in _operands(node))
 
     def _of_weight(self, node: Node) -> bool:
         while node not in self.constant:
@@ -150,6 +156,15 @@ class ResidualSums:
         inside = {node for total in self.sums if total not in around for node in spans[total]}
         gone = around | inside
         self.sums = {total: found for total, found in self.sums.items() if total not in gone}
+
+
+def _operands(node: Node) -> Sequence[Node]:
+    """What a product multiplies; empty for what is none."""
+    if node.target is _ATEN.einsum.default:
+        return node.all_input_nodes
+    names = _PRODUCTS.get(node.target)
+    given = bound_arguments(node) if names else {}
+    return [given[name] for name in names or ()]
 
 
 def addends(node: Node) -> tuple[Node, Node] | None:

@@ -7,6 +7,7 @@ stream behind. Of a branch alone, y is the sum with it and x the sum without it.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,6 +36,10 @@ def block_influence(
         _Measure(program, blocks, batch, number).add_to(sums, tokens)
     context.progress(len(context.calibration), len(context.calibration), "block influence")
     return [1.0 - total / max(count, 1) for total, count in zip(sums, tokens, strict=True)]
+
+
+class _Measured(Exception):
+    """Ends a watched run when all was seen: the head is not needed."""
 
 
 class _Measure:
@@ -66,8 +71,14 @@ class _Measure:
                     raise nonfinite_activation(self.program, self.batch, self.number, node)
                 sums[place] += float(cosine.sum())
                 tokens[place] += cosine.numel()
+            if node in left:
+                left.remove(node)
+                if not left:
+                    raise _Measured
 
-        run(self.program, self.batch, watch=watch)
+        left = set(self.ends)
+        with contextlib.suppress(_Measured):
+            run(self.program, self.batch, watch=watch)
 
     def _cosine(self, block: Layer | Branch, after: Tensor) -> Tensor:
         """The cosine of each token's vectors before and behind the block, float64."""

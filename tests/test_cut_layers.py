@@ -14,6 +14,7 @@ from captured import captured, sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from planish.codegen.target import export_program
+from planish.decode_program import ProgramDecoder
 from planish.ir.block_branches import Branch, Layer, layers_of, streams
 from planish.ir.cut_blocks import BlockCut
 from planish.ir.errors import CalibrationTooSmall, NonFiniteActivation, WrongOrder
@@ -29,6 +30,8 @@ from planish.passes.insert_kv_cache import InsertKvCache
 from planish.passes.keep_layers import CannotCutLayers
 from planish.passes.pipeline import Pipeline
 from planish.recipes import pipeline
+from speculation import prompt
+from speculation import raised as raised_of_ids
 from torch import Tensor, nn
 
 ATEN = torch.ops.aten
@@ -361,6 +364,118 @@ def test_parallel_branches_that_meet_before_the_stream() -> None:
     for gone in ({0}, {1}, {0, 1}, {1, 2}, {0, 1, 2, 3}):
         check_equal(without(program, gone), silenced(program, gone))
     check_equal(without(program, set(), {0}), silenced(program, {0, 1}))
+
+
+def test_a_norm_at_the_end_of_a_layer_and_a_branch_before_all() -> None:
+    class Conformer(nn.Module):
+        """norm(y + mlp(y)), y = x + attention(x)."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm = nn.LayerNorm(6), nn.LayerNorm(6)
+            self.qkv, self.out = nn.Linear(6, 12), nn.Linear(4, 6)
+            self.up, self.down = nn.Linear(6, 10), nn.Linear(10, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(self.first(x)).unsqueeze(1).split(4, -1)
+            a = nn.functional.scaled_dot_product_attention(q, k, v).squeeze(1)
+            x = x + self.out(a)
+            return self.norm(x + self.down(torch.relu(self.up(self.first(x)))))
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.places = nn.Conv1d(6, 6, 3, padding=1)
+            self.layers = nn.ModuleList(Conformer() for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.places(x.transpose(1, 2)).transpose(1, 2)
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    torch.manual_seed(0)
+    model = Encoder().eval()
+    program = pipeline("raise").run(planish.trace(model, (torch.randn(3, 4, 6),)))
+    assert count_layers(program) == LayerCounts(3, 4, 3)
+    made = without(program, set(), {1, 2})
+    assert not any(name.startswith(("layers.1", "layers.2")) for name in made.weights)
+    del model.layers[1:]
+    (x,) = made.examples
+    wide, native = results(made)[0], run(made, [x])[0]
+    with torch.no_grad():
+        assert (model(x) - wide).norm() <= 8 * (native - wide).norm()
+
+
+class Sums(nn.Module):
+    """Blocks x + f(x), f with products, and forms of the other term."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form = form
+        self.scale = nn.Parameter(torch.rand(6))
+        self.up = nn.ModuleList(nn.Linear(6, 10) for _ in range(3))
+        self.down = nn.ModuleList(nn.Linear(10, 6) for _ in range(3))
+        self.norm = nn.ModuleList(nn.LayerNorm(6) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for up, down, norm in zip(self.up, self.down, self.norm, strict=True):
+            y = down(torch.relu(up(x)))
+            if self.form == "by channel":
+                x = x * self.scale + y
+            elif self.form == "scaled":
+                x = norm(x * 1.5 + y)
+            elif self.form == "other dtype":
+                x = (x.double() + y).float()
+            elif self.form == "no weights":
+                x = x + x.pow(3) * 0.04
+            elif self.form == "flat":
+                rows = x.reshape(-1, 6)
+                x = norm((rows + down(torch.relu(up(rows)))).reshape(x.shape))
+        return x * 2.0
+
+
+def sums(form: str) -> Program:
+    torch.manual_seed(0)
+    return pipeline("raise").run(planish.trace(Sums(form), (torch.randn(3, 4, 6),)))
+
+
+@pytest.mark.parametrize("form", ["by channel", "other dtype", "no weights"])
+def test_sums_that_are_no_residual_stream(form: str) -> None:
+    assert count_layers(sums(form)) == LayerCounts(0, 0, 0)
+
+
+@pytest.mark.parametrize("form", ["scaled", "flat"])
+def test_post_norm_blocks(form: str) -> None:
+    """A branch leaves its norm behind, a layer takes it along; views between them are no matter."""
+    program = sums(form)
+    assert count_layers(program) == LayerCounts(3, 0, 3)
+    check_equal(without(program, {1}), silenced(program, {1}))
+    assert "norm.1.weight" in without(program, {1}).weights
+    made = without(program, set(), {1})
+    assert sorted({name.split(".")[1] for name in made.weights}) == ["0", "2"]
+    small = Sums(form).eval()
+    kept = {name: made.weights[name] for name in made.weights}
+    small.load_state_dict(kept, strict=False)
+    for parts in (small.up, small.down, small.norm):
+        del parts[1]
+    (x,) = made.examples
+    wide, native = results(made)[0], run(made, [x])[0]
+    with torch.no_grad():
+        assert (small(x) - wide).norm() <= 8 * (native - wide).norm()
+
+
+@pytest.mark.parametrize("what", [{"layers": 1}, {"attention": 1}])
+def test_a_cache_is_inserted_for_what_stays(what: dict[str, int]) -> None:
+    program = raised_of_ids("llama", layers=3).copy()
+    ids = torch.tensor([prompt(9)])
+    cut_layers(program, context(program, [ids]), **what)
+    cached = Pipeline([InsertKvCache()]).run(program)
+    assert len(cached.metadata["cache"]["layers"]) == 2
+    decoder = ProgramDecoder(cached)
+    rows = torch.cat([decoder.advance(list(prompt(9))[i : i + 3]) for i in (0, 3, 6)])
+    wide, native = results(program, [ids])[0][0], run(program, [ids])[0][0]
+    assert (rows - wide).norm() <= 8 * (native - wide).norm()
 
 
 def test_an_adapter_belongs_to_its_branch() -> None:
