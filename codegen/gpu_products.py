@@ -9,6 +9,7 @@ import torch
 
 from ..ir.edit import same_size
 from ..ir.encoded import Encoded
+from ..ir.format_two_four_codes import CompressedCodes
 from ..ir.pattern import bound_arguments
 from ..ir.program import Node
 from ..ir.weights import Derived
@@ -39,10 +40,25 @@ def lower_products(calls: Calls, dense: bool = True) -> list[str]:
     for node in list(calls.editor.graph.nodes):
         if node.target not in _PRODUCTS:
             continue
+        spread = _spread(calls, node)
         reason = _lower(calls, node, dense)
         if reason:
             sentences.append(f"%{node.name} is torch's product because {reason}")
+        elif spread:
+            sentences.append(f"%{node.name} {spread}")
     return sentences
+
+
+def _spread(calls: Calls, node: Node) -> str | None:
+    """What is not read as it is stored: codes in half, for which no kernel pays."""
+    weight = bound_arguments(node)[_PRODUCTS[node.target][1]]
+    if weight.op != "get_attr":
+        return None
+    entry = calls.editor.program.weights.entry(str(weight.target))
+    if not isinstance(entry, Encoded) or not isinstance(entry.format, CompressedCodes):
+        return None
+    base, name = entry.format.base.name, entry.format.name
+    return f"reads {name} as {base}, zeros put back, because no kernel reads codes in half"
 
 
 def _lower(calls: Calls, node: Node, dense: bool) -> str | None:

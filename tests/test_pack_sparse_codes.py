@@ -185,6 +185,8 @@ def test_targets_read_the_base_s_codes(tmp_path: Path) -> None:
         if isinstance(node.target, KernelCall)
     ]
     assert kernels.count("linear_int") == 3
+    told = "+2:4 as int4-g16-sym-f32, zeros put back, because no kernel reads codes in half"
+    assert len([s for s in lower_for_triton(after).sentences if told in s]) == 3
     _, sentences = lower_for_cpu(after)
     assert len([s for s in sentences if "with the zeros put back" in s]) == 3
     folder = exported(after, tmp_path / "half")
