@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
+_DONE = {"prepared": "everything", "loaded": "loading", "quality": "quality"}
+"""What a record shows to be possible after all; a speed, its measure."""
 _KEYS = ("record", "model", "contestant", "key", "threads", "measure")
 
 
@@ -24,18 +26,28 @@ class Results:
         self._found: dict[tuple[Any, ...], Record] = {}
         if file.is_file():
             for line in file.read_text().splitlines():
-                record = json.loads(line)
-                self._found[_key(record)] = record
+                self._keep(json.loads(line))
 
     def add(self, record: str, **told: Any) -> Record:
         """Write a record at once."""
         made = {"record": record, **told}
-        self._found.pop(_key(made), None)
-        self._found[_key(made)] = made
+        self._keep(made)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a") as stream:
             stream.write(json.dumps(made) + "\n")
         return made
+
+    def _keep(self, record: Record) -> None:
+        """What was done after all is no longer said to be impossible."""
+        kind = record["record"]
+        if kind in _DONE or kind == "speed":
+            failed = {**record, "record": "cannot"}
+            failed["measure"] = _DONE.get(kind, record.get("measure"))
+            if kind == "prepared":
+                failed["key"] = None  # who cannot be prepared has none
+            self._found.pop(_key(failed), None)
+        self._found.pop(_key(record), None)
+        self._found[_key(record)] = record
 
     def get(self, record: str, **about: Any) -> Record | None:
         """The record about exactly this."""

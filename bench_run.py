@@ -107,8 +107,7 @@ def _prepared(
         cost = dict(made.made)
         told = {"size": made.size, "cost": cost, "versions": dict(made.versions)}
         fields = {"heat": row.heat, "peer": row.peer, "compute": row.compute}
-        if results.get("prepared", **about, key=made.key) is None:
-            results.add("prepared", **about, key=made.key, **told, **fields)
+        results.add("prepared", **about, key=made.key, **told, **fields)
         facts = {key: cost[key] for key in ("bits", "head_bits") if key in cost}
         yield Contestant(**{**row.__dict__, **facts}), made
 

@@ -122,6 +122,23 @@ def test_results_are_found_again_and_replaced(tmp_path: Path) -> None:
     assert len(again.all("speed")) == 1
 
 
+def test_what_is_done_after_all_is_not_told_to_be_impossible(tmp_path: Path) -> None:
+    results = Results(tmp_path / "r.jsonl")
+    who = {"model": "m", "contestant": "a"}
+    about = {**who, "key": "1", "threads": 1}
+    results.add("cannot", **who, measure="everything", why="no such package")
+    results.add("cannot", **about, measure="loading", why="no memory")
+    results.add("cannot", **{**about, "threads": None}, measure="quality", why="slow")
+    results.add("cannot", **about, measure="prefill", why="slow")
+    results.add("cannot", **about, measure="decode", why="slow")
+    results.add("prepared", **who, key="1")
+    results.add("loaded", **about, load=1.0)
+    results.add("quality", **about | {"threads": None}, kl=0.0)
+    results.add("speed", **about, measure="prefill", walls=[1.0])
+    for found in (results, Results(results.file)):
+        assert [r["measure"] for r in found.all("cannot")] == ["decode"]
+
+
 def _row(results: Results, name: str, walls: list[float], kl: float) -> None:
     about = {"model": "m", "contestant": name, "key": "k"}
     cost = {"seconds": 1.0, "peak": 1e6}
