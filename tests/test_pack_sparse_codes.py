@@ -10,6 +10,8 @@ from coded_model import IDS, coded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx_checks import assert_equal_to_rounding, exported
+from planish.codegen.checkpoint_layers import affine_layer
+from planish.codegen.gguf_blocks import gguf_block
 from planish.codegen.kernel_call import KernelCall
 from planish.codegen.lower_cpu import lower_for_cpu
 from planish.codegen.lower_triton import lower_for_triton
@@ -191,3 +193,15 @@ def test_targets_read_the_base_s_codes(tmp_path: Path) -> None:
     assert len([s for s in sentences if "with the zeros put back" in s]) == 3
     folder = exported(after, tmp_path / "half")
     assert_equal_to_rounding(after, folder, [IDS])
+
+
+def test_checkpoints_hold_the_base_s_codes() -> None:
+    fmt = parse_format("int4-g32-sym-f16")
+    assert isinstance(fmt, AffineInt)
+    random = torch.Generator().manual_seed(0)
+    half = CompressedCodes(fmt).encode(torch.randn(20, 64, generator=random))
+    whole = with_zeros(half)
+    layer = affine_layer("up", half)
+    assert layer is not None and layer.affine == fmt and same(layer.entry, whole)
+    blocks = [gguf_block("up", entry) for entry in (half, whole)]
+    assert blocks[0].layout == blocks[1].layout and same(blocks[0].entry, blocks[1].entry)
