@@ -120,8 +120,9 @@ class CutPlan:
         else:
             counts = [int(count * share + 1e-9) for count in now]
         if not any(counts):
-            told = f"of {now} experts" if now else "no routed experts were found, so none"
-            self._declined(f"{told} may go at a share of {share:g}")
+            if share > 0:
+                found = f"{now} experts" if now else "experts, as no routed layer was found"
+                self._declined(f"{share:g} of {found} is none that may go")
             return False
         cut_experts(self.program, self.context, counts)
         return True
