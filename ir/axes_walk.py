@@ -30,6 +30,12 @@ class Unfollowed(Exception):
     """A value whose channels cannot be followed through an operation; says why."""
 
 
+def walk_sizes(program: Program) -> dict[Any, int]:
+    """The numbers that a walk puts for free sizes: small and different."""
+    symbols = sorted(free_sizes(program).items(), key=lambda item: str(item[0]))
+    return {s: least + place for place, (s, (least, _, _)) in enumerate(symbols)}
+
+
 class ChannelWalk:
     """The channels of one program, after one walk over its graph.
 
@@ -59,8 +65,7 @@ class ChannelWalk:
         self.bare: dict[tuple[Node, Node], Tensor] = {}
         self._axes: dict[tuple[str, int], Tensor] = {}
         self._values: dict[Node, Any] = {}
-        symbols = sorted(free_sizes(program).items(), key=lambda item: str(item[0]))
-        self._sizes = {s: least + place for place, (s, (least, _, _)) in enumerate(symbols)}
+        self._sizes = walk_sizes(program)
         self._walk(watch)
 
     @property

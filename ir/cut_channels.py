@@ -14,11 +14,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .axes_walk import walk_sizes
 from .channel_map import AttentionHeads, ChannelMap, channel_map
 from .cut_graph import CannotCut, LiteralSizes, cannot_cut, kept_sizes, set_argument
 from .cut_reads import choose_again, read_less
 from .edit import Editor, infer
 from .pattern import bound_arguments
+from .positional import size_at
 from .program import Node, Program
 
 Norms = Literal["kept", "own"]
@@ -54,7 +56,7 @@ class _Cut:
         self, program: Program, channels: ChannelMap, dead: frozenset[int], norms: Norms
     ) -> None:
         self.program, self.channels, self.dead, self.norms = program, channels, dead, norms
-        self.editor = Editor(program)
+        self.editor, self.sizes = Editor(program), walk_sizes(program)
         self.gone = channels.marked(dead)
         self.masks: dict[Node, Any] = {}
         self.entries = channels.dead_entries(dead)
@@ -209,7 +211,7 @@ class _Cut:
             sizes = kept_sizes(mask)
             assert sizes is not None
             for axis, (now, wanted) in enumerate(zip(node.meta["val"].shape, sizes, strict=True)):
-                if mask.shape[axis] != wanted and (not isinstance(now, int) or now != wanted):
+                if mask.shape[axis] != wanted and size_at(now, self.sizes) != wanted:
                     raise cannot_cut(node, f"axis {axis} is {now}, but {wanted} channels are kept")
 
 

@@ -116,7 +116,9 @@ def set_argument(node: Node, name: str, value: Any) -> None:
     raise AssertionError(f"{target} has no argument {name}")
 
 
-def _shape_of(name: str) -> Callable[[LiteralSizes, Node], None]:
+def _shape_of(name: str, infers: bool) -> Callable[[LiteralSizes, Node], None]:
+    """infers: a size of -1 is what all others leave."""
+
     def change(cut: LiteralSizes, node: Node) -> None:
         mask = cut.masks.get(node)
         if not isinstance(mask, Tensor):
@@ -125,9 +127,12 @@ def _shape_of(name: str) -> Callable[[LiteralSizes, Node], None]:
         offset = mask.dim() - len(sizes)
         for axis, literal in enumerate(sizes):
             if cut.lost(node, axis + offset) and literal != -1:
-                if not isinstance(literal, int):
+                if isinstance(literal, int):
+                    sizes[axis] = cut.size(node, node, axis + offset)
+                elif not infers or -1 in sizes:
                     raise cannot_cut(node, "a size that follows from the inputs would change")
-                sizes[axis] = cut.size(node, node, axis + offset)
+                else:
+                    sizes[axis] = -1
         set_argument(node, name, sizes)
 
     return change
@@ -255,10 +260,10 @@ def _refused(cut: LiteralSizes, node: Node) -> None:
 
 
 _HANDLERS: dict[Any, Callable[[LiteralSizes, Node], None]] = {
-    _ATEN.view.default: _shape_of("size"),
-    _ATEN._unsafe_view.default: _shape_of("size"),
-    _ATEN.reshape.default: _shape_of("shape"),
-    _ATEN.expand.default: _shape_of("size"),
+    _ATEN.view.default: _shape_of("size", infers=True),
+    _ATEN._unsafe_view.default: _shape_of("size", infers=True),
+    _ATEN.reshape.default: _shape_of("shape", infers=True),
+    _ATEN.expand.default: _shape_of("size", infers=False),
     _ATEN.slice.Tensor: _slice,
     _ATEN.narrow.default: _narrow,
     _ATEN.select.int: _select,

@@ -120,6 +120,30 @@ def test_cut_again(biased: Program) -> None:
     assert kept == [[1, 2], [0, 2]] and again.weights.shape("table.weight") == (11, 3)
 
 
+class HeadsInBatch(nn.Module):
+    """Stored slopes, of which the heads are folded into the batch and unfolded again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("slopes", torch.tensor([0.5, 0.25, 0.125, 0.0625]))
+        self.attention = Attention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = x[:, :, 0].cumsum(1)[:, None, :]
+        folded = (self.slopes[:, None] * places).reshape(x.shape[0] * 4, 1, x.shape[1])
+        return self.attention(x, folded.tanh().reshape(x.shape[0], 4, 1, x.shape[1]))
+
+
+def test_heads_folded_into_the_batch() -> None:
+    torch.manual_seed(0)
+    program = pipeline("raise").run(planish.trace(HeadsInBatch().eval(), (torch.randn(2, 6, 7),)))
+    dead = dead_heads(program, (0, 2))
+    check(program, channel_map(program), dead)
+    made = cut_channels(program.copy(), dead)
+    assert made.weights.shape("slopes") == (2,)
+    assert lines(made, "%reshape")[0] == "%reshape = reshape(%mul, [-1, 1, 6]) : f32[2*n0, 1, 6]"
+
+
 def test_key_heads_keep_as_many_query_heads() -> None:
     program = raised("llama")
     channels = channel_map(program)
