@@ -85,10 +85,11 @@ def optimize(
     """
     chosen = find_recipe(recipe)
     chosen = chosen.with_kv_cache() if kv_cache else chosen
-    chosen.passes(options)  # what is wrong with them is said before the model is traced
+    folders = [str(folder) for folder in adapters]
+    chosen.check_options(options, folders)  # before the model is traced
     program = trace(model, args, kwargs, kv_cache=kv_cache)
     dense = "dense_weights" in program.facts
-    chosen = chosen.with_adapters([str(folder) for folder in adapters], dense)
+    chosen = chosen.with_adapters(folders, dense)
     steps = chosen.passes(options)
     named = isinstance(calibration, (str, Path))
     origin = DecoderSource.of(model) if named else None

@@ -84,14 +84,20 @@ def pin(threads: int) -> None:
 
 
 def load_module(name: str) -> ModuleType:
-    """A dotted name, or the path of a file."""
+    """A dotted name, or the path of a file, which may say `from bench_worker import sibling`."""
     if not name.endswith(".py"):
         return importlib.import_module(name)
     spec = importlib.util.spec_from_file_location(f"contestant_{Path(name).stem}", name)
     assert spec is not None and spec.loader is not None
+    sys.modules.setdefault("bench_worker", sys.modules[__name__])
     made = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(made)
     return made
+
+
+def sibling(name: str) -> ModuleType:
+    """A file that imports nothing of planish, by its path below planish's folder, without .py."""
+    return load_module(str(Path(__file__).resolve().parent / f"{name}.py"))
 
 
 def versions(module: ModuleType) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from .passes.quantize_weights import QuantizeWeights
 
 def plan_export(order: Order) -> dict[str, Any]:
     """Print what an export would do; capture the model, but run and write nothing."""
-    recipe, _ = check_order(order)
+    recipe = check_order(order)
     program = _capture(order)
     dense = "dense_weights" in program.facts
     steps = recipe.with_adapters(order.adapters, dense).passes(order.options)
@@ -69,7 +69,7 @@ def plan_export(order: Order) -> dict[str, Any]:
 
 def export_model(order: Order) -> dict[str, Any]:
     """Capture, optimize and write; returns what was done, with times and sizes."""
-    recipe, _ = check_order(order)
+    recipe = check_order(order)
     if order.out is None:
         raise WrongOption(
             "no output folder is named", expected="--out DIR", fix="add --out, or use --dry-run"

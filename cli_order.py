@@ -11,7 +11,6 @@ from .calibration import Slicing
 from .codegen.bundle import check_output
 from .codegen.target import find_target
 from .ir.errors import OutputNotWritable, SourceNotFound, WrongOption
-from .passes.contract import Pass
 from .passes.merge_adapters import MergeAdapters
 from .passes.pipeline import Pipeline
 from .recipes import Recipe, find_recipe
@@ -74,12 +73,12 @@ def shaped(
     return recipe, options | {"cut.shape": target_shape}
 
 
-def check_order(order: Order) -> tuple[Recipe, list[Pass]]:
+def check_order(order: Order) -> Recipe:
     """Everything that can be refused before the model is read."""
     recipe = find_recipe(order.recipe)
     recipe = recipe.with_kv_cache() if order.kv_cache else recipe
-    steps = recipe.passes(order.options)
-    Pipeline(steps, verify=order.verify)
+    recipe.check_options(order.options, order.adapters)
+    Pipeline(recipe.passes(), verify=order.verify)
     target = find_target(order.target)
     target.checked_profile(order.profile)
     target.checked_options(order.target_options)
@@ -91,7 +90,7 @@ def check_order(order: Order) -> tuple[Recipe, list[Pass]]:
             raise SourceNotFound(
                 f"there is nothing at {file}", where=str(file), fix="check the path"
             )
-    return recipe, steps
+    return recipe
 
 
 def check_folder(folder: Path, force: bool) -> None:

@@ -17,6 +17,10 @@ class BadRecipe(PlanishError):
     """A recipe file that does not say what it should."""
 
 
+_MERGES = ("merge_adapters", "merge_into_codes")
+"""What merges adapters into dense weights, and into those of a quantized model."""
+
+
 @dataclass(frozen=True)
 class Step:
     """One pass by name, with the options that differ from its defaults."""
@@ -71,9 +75,19 @@ class Recipe:
         """
         if not folders:
             return self
-        name = "merge_adapters" if dense else "merge_into_codes"
+        name = _MERGES[0] if dense else _MERGES[1]
         merge = Step(name, (("adapters", "; ".join(folders)),))
         return Recipe(self.name, f"adapters merged; {self.description}", (merge, *self.steps))
+
+    def check_options(self, options: Mapping[str, Any] | None, folders: Sequence[str] = ()) -> None:
+        """Raise for wrong options as `passes` does, before the model is known.
+
+        Which pass merges `folders` depends on the model's weights, so either one's are taken.
+        """
+        for dense, other in zip((True, False), reversed(_MERGES), strict=True):
+            given = (options or {}).items()
+            kept = {k: v for k, v in given if not folders or not k.startswith(f"{other}.")}
+            self.with_adapters(folders, dense).passes(kept)
 
     def to_yaml(self) -> str:
         body = [

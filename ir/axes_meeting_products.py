@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from .axes_channels import carries, constant_along
 from .axes_covers import alike, meet, rows_of
+from .axes_matmul import Matmul
 from .axes_meeting import (
     ATTENTIONS,
     meet_all,
@@ -32,30 +33,6 @@ from .text import op_text
 _ATEN, _OURS = torch.ops.aten, torch.ops.planish
 
 
-def _linear(flow: ChannelWalk, node: Node) -> Any:
-    given = bound_arguments(node)
-    weight = flow.view(given["weight"])
-    if weight is None or len(weight.shape) != 2:
-        raise Unfollowed("its weight is computed")
-    out = _by_weight(flow, node, given["input"], flow.ids(given["input"]), weight, 1, 0)
-    return _biased(flow, node, flow.fit(out, node), given["bias"])
-
-
-def _addmm(flow: ChannelWalk, node: Node) -> Any:
-    given = bound_arguments(node)
-    return _biased(flow, node, _product(flow, node, given["mat1"], given["mat2"]), given["self"])
-
-
-def _baddbmm(flow: ChannelWalk, node: Node) -> Any:
-    given = bound_arguments(node)
-    out = _product(flow, node, given["batch1"], given["batch2"])
-    return _biased(flow, node, out, given["self"])
-
-
-def _matmul(flow: ChannelWalk, node: Node) -> Any:
-    return _product(flow, node, node.args[0], node.args[1])
-
-
 def _biased(flow: ChannelWalk, node: Node, out: Tensor, bias: Any) -> Tensor:
     if not isinstance(bias, fx.Node):
         return out
@@ -64,22 +41,6 @@ def _biased(flow: ChannelWalk, node: Node, out: Tensor, bias: Any) -> Tensor:
     if not carries(added):
         return meet_bare(flow, node, bias, out)
     return meet(flow.channels, out, flow.fit(added, node))
-
-
-def _product(flow: ChannelWalk, node: Node, a: Any, b: Any) -> Tensor:
-    """a [..., i, k] b [..., k, j]."""
-    left, right = flow.view(a), flow.view(b)
-    if right is not None and left is None and len(right.shape) >= 2:
-        return flow.fit(_by_weight(flow, node, a, flow.ids(a), right, -2, -1), node)
-    if left is not None and right is None and len(left.shape) >= 2:
-        ids = flow.ids(b)
-        out = _by_weight(
-            flow, node, b, ids.transpose(-1, -2) if ids.dim() > 1 else ids, left, -1, -2
-        )
-        if len(flow.shape(b)) > 1:
-            out = out.unsqueeze(-1) if out.dim() == 1 else out.transpose(-1, -2)
-        return flow.fit(out, node)
-    return _of_values(flow, node, flow.ids(a), flow.ids(b))
 
 
 def _by_weight(
@@ -240,10 +201,7 @@ def _met_by_heads(
 
 
 MEETING_PRODUCTS: dict[Any, Rule] = {
-    _ATEN.linear.default: _linear,
-    _ATEN.addmm.default: _addmm,
-    _ATEN.baddbmm.default: _baddbmm,
-    **dict.fromkeys((_ATEN.mm.default, _ATEN.bmm.default, _ATEN.matmul.default), _matmul),
+    **Matmul(_by_weight, _of_values, _biased).rules(),
     **dict.fromkeys(
         (_ATEN.conv1d.default, _ATEN.conv2d.default, _ATEN.convolution.default), _convolution
     ),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from .axes_channels import carries, constant_along
+from .axes_matmul import Matmul
 from .axes_walk import ChannelWalk, Unfollowed
 from .axes_weights import WeightView
 from .pattern import bound_arguments
@@ -18,33 +19,7 @@ _ATEN = torch.ops.aten
 VALUES = "the values of an attention"
 
 
-def linear(flow: ChannelWalk, node: Node) -> Any:
-    """x W^T + b: W's columns read the channels of x, its rows and b make those of the result."""
-    given = bound_arguments(node)
-    weight = flow.view(given["weight"])
-    if weight is None or len(weight.shape) != 2:
-        raise Unfollowed("its weight is computed")
-    out = _by_weight(flow, node, given["input"], flow.ids(given["input"]), weight, 1, 0)
-    return biased(flow, node, flow.fit(out, node), given["bias"])
-
-
-def addmm(flow: ChannelWalk, node: Node) -> Any:
-    given = bound_arguments(node)
-    out = product(flow, node, given["mat1"], given["mat2"])
-    return biased(flow, node, out, given["self"])
-
-
-def baddbmm(flow: ChannelWalk, node: Node) -> Any:
-    given = bound_arguments(node)
-    out = product(flow, node, given["batch1"], given["batch2"])
-    return biased(flow, node, out, given["self"])
-
-
-def matmul(flow: ChannelWalk, node: Node) -> Any:
-    return product(flow, node, node.args[0], node.args[1])
-
-
-def biased(flow: ChannelWalk, node: Node, out: Tensor, bias: Any) -> Tensor:
+def _biased(flow: ChannelWalk, node: Node, out: Tensor, bias: Any) -> Tensor:
     """The result's channels, tied to those of what is added to it."""
     if not isinstance(bias, fx.Node):
         return out
@@ -57,20 +32,6 @@ def biased(flow: ChannelWalk, node: Node, out: Tensor, bias: Any) -> Tensor:
     elif flow.scale and not carries(out):
         flow.block(added, f"{op_text(node)} %{node.name} adds it to what takes no factor")
     return out
-
-
-def product(flow: ChannelWalk, node: Node, a: Any, b: Any) -> Tensor:
-    """a [..., i, k] b [..., k, j]."""
-    left, right = flow.view(a), flow.view(b)
-    if right is not None and left is None and len(right.shape) >= 2:
-        out = _by_weight(flow, node, a, flow.ids(a), right, -2, -1)
-        return flow.fit(out, node)
-    if left is not None and right is None and len(left.shape) >= 2:
-        ids = flow.ids(b)
-        ids = ids.transpose(-1, -2) if ids.dim() >= 2 else ids
-        out = _by_weight(flow, node, b, ids, left, -1, -2)
-        return flow.fit(out.unsqueeze(-1) if len(flow.shape(b)) >= 2 else out, node)
-    return _of_values(flow, node, a, b)
 
 
 def _by_weight(
@@ -108,10 +69,9 @@ def _refuse_mixed(
         flow.block(torch.where(bare, columns, 0), reason)
 
 
-def _of_values(flow: ChannelWalk, node: Node, a: Any, b: Any) -> Tensor:
-    """Neither is a weight. A factor of b's columns passes if it is the same along the summed axis
-    and a carries none; along the summed axis it would have to meet its inverse."""
-    left, right = flow.ids(a), flow.ids(b)
+def _of_values(flow: ChannelWalk, node: Node, left: Tensor, right: Tensor) -> Tensor:
+    """Neither is a weight. A factor of the right columns passes if it is the same along the summed
+    axis and the left carries none; along the summed axis it would have to meet its inverse."""
     if left.dim() < 2 and right.dim() < 2:
         raise Unfollowed("two values of unknown form")
     if not flow.scale:
@@ -169,12 +129,7 @@ def convolution(flow: ChannelWalk, node: Node) -> Any:
 
 
 PRODUCTS: dict[Any, Any] = {
-    _ATEN.linear.default: linear,
-    _ATEN.addmm.default: addmm,
-    _ATEN.baddbmm.default: baddbmm,
-    _ATEN.mm.default: matmul,
-    _ATEN.bmm.default: matmul,
-    _ATEN.matmul.default: matmul,
+    **Matmul(_by_weight, _of_values, _biased).rules(),
     _ATEN.conv1d.default: convolution,
     _ATEN.conv2d.default: convolution,
     _ATEN.convolution.default: convolution,

@@ -10,6 +10,7 @@ the way, is left to `run_decompositions`.
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ from .edit import fake_mode
 from .infer_values import Inference
 
 Node = fx.Node
+_LOG = logging.getLogger(__name__)
 _META = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn")
 
 
@@ -51,7 +53,10 @@ def functional_form(exported: ExportedProgram) -> fx.Graph | None:
         kinds = _Kinds(exported.graph)
         kinds.translate(exported)
         return kinds.rebuilt(exported.graph)
-    except Exception:  # the long way gives the right graph, or the right error
+    except _NotPlain:
+        return None
+    except Exception as error:  # whatever it is, the long way gives the right graph or error
+        _LOG.warning("this model is captured by torch's slower way: %r", error)
         return None
 
 

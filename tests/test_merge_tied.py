@@ -12,10 +12,12 @@ from typing import Any
 
 import captured
 import peft
+import planish
 import pytest
 import torch
 from peft_adapters import LORA, trained, weights_gap
 from planish.ir.encoded import Encoded
+from planish.ir.errors import UnknownOption
 from planish.ir.interpret import run
 from planish.ir.program import Program
 from planish.ir.read_adapter import AdapterMismatch
@@ -91,6 +93,18 @@ def test_without_the_option_they_are_refused(case: str, tmp_path: Path) -> None:
     trained("gemma", APART[case](), tmp_path)
     with pytest.raises(AdapterMismatch, match=r"is tied to .*untie=true"):
         merged(tmp_path, untie=False)
+
+
+def test_options_of_a_merge_that_is_asked_for_by_folders(tmp_path: Path) -> None:
+    """They are checked before it is known which pass merges, and then given to it."""
+    trained("gemma", APART["the head"](), tmp_path)
+    program = captured.captured("gemma", "eager")
+    untie: dict[str, Any] = {"merge_adapters.untie": True}
+    made = planish.optimize(program, recipe="raise", adapters=[tmp_path], options=untie)
+    assert HEAD in made.program.weights and not made.program.weights.aliases
+    for wrong in ("merge_adapters.bogus", "merge_into_codes.bogus", "quantize_weights.bits"):
+        with pytest.raises(UnknownOption):
+            planish.optimize(program, adapters=[tmp_path], options={wrong: 4})
 
 
 @pytest.mark.parametrize("case", TOGETHER)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
+
+from bench_worker import sibling
 
 Told = Mapping[str, Any]
 
@@ -27,7 +27,7 @@ CONTESTANTS: list[dict[str, Any]] = [
 
 def prepare(options: Told, model: Told, out: Path) -> None:
     """Quantizing is part of loading."""
-    _eager().prepare(options, model, out)
+    sibling("bench_torch").prepare(options, model, out)
 
 
 def load(options: Told, model: Told, path: Path, threads: int) -> Any:
@@ -36,18 +36,8 @@ def load(options: Told, model: Told, path: Path, threads: int) -> Any:
     import transformers
 
     torch.set_num_threads(threads)
-    eager = _eager()
+    eager = sibling("bench_torch")
     settings = transformers.BitsAndBytesConfig(load_in_8bit=True)
     module = eager.read_model(model, path, quantization_config=settings, device_map="cpu")
     decoder = model["kind"] == "decoder"
     return (eager.TorchDecoderEngine if decoder else eager.TorchEncoderEngine)(module, False)
-
-
-def _eager() -> ModuleType:
-    """planish's file on eager PyTorch, which imports nothing of planish."""
-    file = Path(__file__).resolve().parents[2] / "bench_torch.py"
-    spec = importlib.util.spec_from_file_location("bench_torch", file)
-    assert spec is not None and spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made

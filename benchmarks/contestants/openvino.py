@@ -5,13 +5,13 @@ optimum-intel 2.2, its usual exporter, does not import beside transformers 5.23.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
+
+from bench_worker import sibling
 
 Array = np.ndarray[Any, Any]
 Told = Mapping[str, Any]
@@ -67,26 +67,16 @@ def _export(model: Told, out: Path) -> Any:
     import openvino
 
     if model["kind"] == "encoder":
-        _sibling("bench_onnxruntime").export_onnx(model, out)
+        sibling("bench_onnxruntime").export_onnx(model, out)
         return openvino.Core().read_model(out / "model.onnx")
     if model["gguf"] is None:
         raise NotImplementedError("OpenVINO GenAI reads GGUF files, and this model has none")
     import openvino_genai
 
     (out / "gguf").mkdir()
-    _sibling("benchmarks/contestants/llama_cpp").quantize(model["gguf"], out / "gguf/m.gguf", _F16)
+    sibling("benchmarks/contestants/llama_cpp").quantize(model["gguf"], out / "gguf/m.gguf", _F16)
     openvino_genai.LLMPipeline(str(out / "gguf/m.gguf"), "CPU", enable_save_ov_model=True)
     return openvino.Core().read_model(out / "gguf/openvino_model.xml")
-
-
-def _sibling(name: str) -> ModuleType:
-    """A file that imports nothing of planish, by its path below planish's folder."""
-    file = Path(__file__).resolve().parents[2] / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None and spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
 
 
 def _compress(made: Any, options: Told) -> Any:

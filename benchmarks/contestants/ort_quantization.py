@@ -6,12 +6,12 @@ does not import beside every transformers.
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
+
+from bench_worker import sibling
 
 Told = Mapping[str, Any]
 
@@ -51,7 +51,7 @@ def prepare(options: Told, model: Told, out: Path) -> None:
 
     plain = out / "float32"
     plain.mkdir()
-    _onnxruntime().export_onnx(model, plain)
+    sibling("bench_onnxruntime").export_onnx(model, plain)
     if options["how"] == "optimum":
         _optimum(plain, model, out)
     elif options["how"] == "dynamic":
@@ -97,14 +97,4 @@ def _nbits(plain: Path, out: Path, bits: int) -> None:
 
 def load(options: Told, model: Told, path: Path, threads: int) -> Any:
     """An engine of bench_worker."""
-    return _onnxruntime().load(options, model, path, threads)
-
-
-def _onnxruntime() -> ModuleType:
-    """planish's file on onnxruntime, which imports nothing of planish."""
-    file = Path(__file__).resolve().parents[2] / "bench_onnxruntime.py"
-    spec = importlib.util.spec_from_file_location("bench_onnxruntime", file)
-    assert spec is not None and spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
+    return sibling("bench_onnxruntime").load(options, model, path, threads)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
+
+from bench_worker import sibling
 
 Told = Mapping[str, Any]
 
@@ -32,7 +32,7 @@ CONTESTANTS: list[dict[str, Any]] = [
 
 def prepare(options: Told, model: Told, out: Path) -> None:
     """Quantizing is part of loading: the packed tensors are made from the model each time."""
-    _eager().prepare(options, model, out)
+    sibling("bench_torch").prepare(options, model, out)
 
 
 def load(options: Told, model: Told, path: Path, threads: int) -> Any:
@@ -41,18 +41,8 @@ def load(options: Told, model: Told, path: Path, threads: int) -> Any:
     from torchao import quantization
 
     torch.set_num_threads(threads)
-    eager = _eager()
+    eager = sibling("bench_torch")
     module = eager.read_model(model, path, dtype=getattr(torch, options["dtype"]))
     quantization.quantize_(module, getattr(quantization, options["config"])())
     decoder = model["kind"] == "decoder"
     return (eager.TorchDecoderEngine if decoder else eager.TorchEncoderEngine)(module, True)
-
-
-def _eager() -> ModuleType:
-    """planish's file on eager PyTorch, which imports nothing of planish."""
-    file = Path(__file__).resolve().parents[2] / "bench_torch.py"
-    spec = importlib.util.spec_from_file_location("bench_torch", file)
-    assert spec is not None and spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
