@@ -131,6 +131,12 @@ class ChannelMap:
                 found.setdefault(name, {})[axis] = torch.from_numpy(mask)
         return found
 
+    @property
+    def attended(self) -> frozenset[int]:
+        """The roots of all queries, keys, values and results of attentions."""
+        parts = [p for a in self.attentions for p in (a.query, a.key, a.value, a.out)]
+        return frozenset(int(root) for part in parts for root in np.unique(part))
+
     def why_not(self, dead: Iterable[int]) -> str:
         """The sentence that forbids a cut, "" if none of its channels is blocked."""
         return next((self.blocked[root] for root in self.closure(dead) if root in self.blocked), "")

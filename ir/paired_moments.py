@@ -40,6 +40,47 @@ class PairedMoments:
             self.gap += gap.double().sum(0)
         self.tokens += len(now)
 
+    def joined(self, other: PairedMoments) -> PairedMoments:
+        """The moments of the tokens of both."""
+        made = PairedMoments(len(self.now))
+        made.square, made.cross = self.square + other.square, self.cross + other.cross
+        made.now, made.gap = self.now + other.now, self.gap + other.gap
+        made.owed = self.owed + other.owed
+        made.owed_mean = self.owed_mean + other.owed_mean
+        made.tokens = self.tokens + other.tokens
+        return made
+
+    def rows(self, chosen: Tensor) -> PairedMoments:
+        """The moments of some outputs only, int64 [chosen]; inputs are shared, not copied."""
+        made = PairedMoments(0)
+        made.square, made.cross, made.now, made.gap = self.square, self.cross, self.now, self.gap
+        made.owed = self.owed[chosen] if isinstance(self.owed, Tensor) else self.owed
+        held = self.owed_mean
+        made.owed_mean = held[chosen] if isinstance(held, Tensor) else held
+        made.tokens = self.tokens
+        return made
+
+    def error(self, weight: Tensor, other: Tensor, centred: bool) -> float:
+        """The mean square of what outputs of `other` on x lack of W y and of what is owed, without
+        what does not hang on `other`. weight, other: [out, in]; centred: a bias takes the mean."""
+        square, cross, owed = self._per_token(centred)
+        change = other - weight.double()
+        wanted = weight.double() @ cross + owed
+        return float((change @ square * change).sum() - 2 * (change * wanted).sum())
+
+    def _per_token(self, centred: bool) -> tuple[Tensor, Tensor, Tensor | float]:
+        """H, X and what is owed [out, in] (0.0: nothing) for a token, float64."""
+        count = max(self.tokens, 1)
+        mean_now, mean_gap = self.now / count, self.gap / count
+        square, cross = self.square.double() / count, self.cross.double() / count
+        owed, owed_mean = self.owed / count, self.owed_mean / count
+        if centred:
+            if isinstance(owed_mean, Tensor):
+                owed = owed - owed_mean[:, None] * mean_now
+            square -= mean_now[:, None] * mean_now
+            cross -= mean_gap[:, None] * mean_now
+        return square, cross, owed.double() if isinstance(owed, Tensor) else owed
+
     def solved(self, weight: Tensor, dead: Tensor, damp: float, centred: bool) -> Solved:
         """The weight whose `dead` inputs are zero and whose outputs on x are nearest to W y.
 
@@ -49,25 +90,18 @@ class PairedMoments:
         |(W_K + A) x_K - W y|^2 is least at A = (W_D H_DK + W X_K) H_KK^-1.
         """
         wide, kept = weight.double(), ~dead
-        count = max(self.tokens, 1)
-        mean_now, mean_gap = self.now / count, self.gap / count
-        square, cross = self.square.double() / count, self.cross.double() / count
-        owed = self.owed / count
-        owed_mean = self.owed_mean / count
-        if centred:
-            if isinstance(owed_mean, Tensor):
-                owed = owed - owed_mean[:, None] * mean_now
-            square -= mean_now[:, None] * mean_now
-            cross -= mean_gap[:, None] * mean_now
+        square, cross, owed = self._per_token(centred)
         pull = wide[:, dead] @ square[dead][:, kept] + wide @ cross[:, kept]
         if isinstance(owed, Tensor):
-            pull += owed.double()[:, kept]
+            pull += owed[:, kept]
         factor, used = _factor(square[kept][:, kept], damp)
         result = torch.zeros_like(wide)
         result[:, kept] = wide[:, kept] + torch.cholesky_solve(pull.t(), factor).t()
         shift = wide.new_zeros(len(wide))
         if centred:
-            shift = wide @ mean_gap + (wide - result) @ mean_now + owed_mean
+            count = max(self.tokens, 1)
+            gap, now, owed_mean = self.gap / count, self.now / count, self.owed_mean / count
+            shift = wide @ gap + (wide - result) @ now + owed_mean
         return Solved(result, shift, used)
 
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 
@@ -75,18 +76,31 @@ def value_names(graph: fx.Graph) -> dict[Node, str]:
 
 
 class _Sizes:
-    """Symbolic sizes renamed n0, n1, ... in order of appearance."""
+    """Symbolic sizes renamed n0, n1, ... in order of appearance; sums and products in their order.
+
+    The symbols' own names depend on what else the process has traced, so nothing hangs on them.
+    """
 
     def __init__(self) -> None:
         self._names: dict[str, str] = {}
+        self._known: dict[str, str] = {}
 
     def text(self, size: Any) -> str:
         if isinstance(size, int):
             return str(size)
-        return re.sub(r"\b[su]\d+\b", self._rename, str(size))
+        told = str(size)
+        if told not in self._known:
+            self._known[told] = self._renamed(size)
+        return self._known[told]
 
-    def _rename(self, found: re.Match[str]) -> str:
-        return self._names.setdefault(found.group(), f"n{len(self._names)}")
+    def _renamed(self, size: torch.SymInt) -> str:
+        expression: Any = size.node.expr
+        names: dict[Any, Any] = {}
+        for symbol in sorted(expression.free_symbols, key=str):
+            if re.fullmatch(r"[su]\d+", str(symbol)):
+                name = self._names.setdefault(str(symbol), f"n{len(self._names)}")
+                names[symbol] = sympy.Symbol(name, **symbol.assumptions0)
+        return str(expression.xreplace(names))
 
 
 def _type_text(value: Any, sizes: _Sizes) -> str:

@@ -3,16 +3,14 @@
 Told apart by who makes and who reads them. A residual stream starts at a looked-up table, or goes
 through norms, and several products write into it and read it. An FFN channel is made by a product
 and read by another one, and is of no attention and no stream. Latent channels, which a narrow
-product makes of what the next one makes wide again, are neither: of keys and values (DeepSeek), or
-of step sizes (Mamba). A table narrower than the stream, which a product widens, has a width of its
-own ("embedding").
+product makes of what the next one makes wide again, are neither: of keys and values in latent
+attention, or of the step sizes of a scan. A table narrower than the stream, which a product widens,
+has a width of its own ("embedding").
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-
-import numpy as np
 
 from .channel_map import ChannelMap, Key
 from .prunable_units import Costs, Kind, Unit, units_of
@@ -20,7 +18,7 @@ from .prunable_units import Costs, Kind, Unit, units_of
 
 def ffn_units(channels: ChannelMap, costs: Costs) -> list[Unit]:
     roles = _Roles(channels)
-    taken = roles.attended | roles.streams | roles.latent() | roles.tables | {0}
+    taken = set(roles.attended) | roles.streams | roles.latent() | roles.tables | {0}
     found: list[Unit] = []
     for (name, axis), made in channels.produces.items():
         if made != "product":
@@ -76,8 +74,7 @@ class _Roles:
         self.writers = self._count(k for k, made in channels.produces.items() if made == "product")
         self.readers = self._count(channels.absorbs)
         self.read = set(self.readers)
-        parts = [p for a in channels.attentions for p in (a.query, a.key, a.value, a.out)]
-        self.attended = {int(root) for part in parts for root in np.unique(part)}
+        self.attended = channels.attended
         self.tables = self._of("table")
         self.stream_orders = self._streams()
         self.streams = {root for _, order in self.stream_orders for root in order}
@@ -100,7 +97,7 @@ class _Roles:
         several = {r for r in both if self.writers[r] > 1} | (both & normed)
         often = {r for r in both if min(self.writers[r], self.readers[r]) > 1} & normed
         found: list[tuple[str, list[int]]] = []
-        taken = self.attended | {0}
+        taken = set(self.attended) | {0}
         for wanted, allowed in (("table", several), ("product", often)):
             for (name, axis), made in self.channels.produces.items():
                 roots = self.channels.axes[name, axis].tolist()

@@ -85,7 +85,7 @@ def _coded_format(entry: Encoded) -> CompressedCodes | str:
     for fmt in (CompressedCodes(entry.format, f.keep, f.of) for f in _FORMATS):
         if fmt.holds(entry):
             return fmt
-    return f"its codes of {entry.format.name} are zero, but not {_ANY}"
+    return f"the zeros among its codes of {entry.format.name} are not {_ANY}"
 
 
 def _zeros(rows: Tensor) -> float:

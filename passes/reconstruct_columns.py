@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from ..ir.edit import same_shape, same_size, shape
 from ..ir.errors import WrongInput
+from ..ir.held_out_damp import held_out_damp
 from ..ir.paired_moments import PairedMoments
 from ..ir.pattern import bound_arguments
 from ..ir.program import Node, Program
@@ -28,6 +29,7 @@ _NAME = "reconstruct_columns"
 _ATEN = torch.ops.aten
 _SAME = {_ATEN.view.default, _ATEN.reshape.default, _ATEN.clone.default, _ATEN.alias.default}
 
+Halves = tuple[PairedMoments, PairedMoments]
 Columns = Mapping[str, Mapping[int, Tensor]]
 """For each weight and axis of it, bool [size]: what is going to be cut."""
 
@@ -45,9 +47,10 @@ def reconstruct_columns(
     program: raised, dense, not yet cut. dead_columns: of weights that matmuls read, along the axis
     that they sum over. dead_rows: what else will be cut (a cut width: rows of producers, tables,
     norms); zero from the start, so that inputs are what the cut program will see. damp: of each
-    input's own second moment. Weights that no single input is known of (tables, stacks of experts)
-    are zeroed only, and declined in the journal. Raises CalibrationTooSmall, NonFiniteActivation,
-    and WrongInput for a mask that does not fit its weight.
+    input's own second moment, the least; more is taken where that does better on the half of the
+    batches that was not solved for (`held_out_damp`). Weights that no single input is known of
+    (tables, stacks of experts) are zeroed only, and declined in the journal. Raises
+    CalibrationTooSmall, NonFiniteActivation, and WrongInput for a mask that does not fit.
     """
     masks = _checked(program, dead_columns)
     original = program.weights.copy()
@@ -113,21 +116,23 @@ class _Reconstruction:
             else:
                 self._replace(product, _moments(activations, product.node), activations)
 
-    def _over_all(self, name: str) -> PairedMoments:
+    def _over_all(self, name: str) -> Halves:
         """Of a weight that several values meet, over all of them, as they were before any cut."""
-        total = PairedMoments(self.several[name][0].width)
+        halves = PairedMoments(self.several[name][0].width), PairedMoments(0)
         sites = self.several[name]
-        observe(self.program, self.context.calibration, sites, lambda node: _Rows(total))
-        return total
+        observe(self.program, self.context.calibration, sites, lambda node: _Rows(halves[0]))
+        return halves
 
-    def _replace(self, product: Product, moments: PairedMoments, activations: Activations) -> None:
+    def _replace(self, product: Product, halves: Halves, activations: Activations) -> None:
         weights, name = self.program.weights, product.weight
         old = weights[name]
         matrix = old.movedim(product.axis, -1).double()
         bias = (
             _own_bias(self.program, product.node, len(matrix)) if name not in self.several else ""
         )
-        solved = moments.solved(matrix, self.masks[name], self.damp, centred=bool(bias))
+        damp = held_out_damp(halves, matrix, self.masks[name], self.damp, centred=bool(bias))
+        moments = halves[0].joined(halves[1]) if halves[1].tokens else halves[0]
+        solved = moments.solved(matrix, self.masks[name], damp, centred=bool(bias))
         new = solved.weight.movedim(-1, product.axis).to(old.dtype).contiguous()
         weights[name] = new
         if bias:
@@ -136,7 +141,7 @@ class _Reconstruction:
         if name not in self.several:
             gone, left = _errors(matrix, self.masks[name], solved.weight, solved.shift, activations)
             note += f"; output error {gone:.1%} -> {left:.1%}"
-        self.context.journal.changed_weight(_NAME, name, note)
+        self.context.journal.changed_weight(_NAME, name, f"{note}; damping {solved.damp:.2g}")
 
 
 class _Rows:
@@ -158,18 +163,20 @@ def _sites(program: Program, masks: Mapping[str, Tensor]) -> list[Site]:
     return [every[place] for place in places]
 
 
-def _moments(activations: Activations, product: Node) -> PairedMoments:
-    """Of the product's inputs, and of what the stream that it adds to has lost before."""
+def _moments(activations: Activations, product: Node) -> Halves:
+    """Of the product's inputs, and of what the stream that it adds to has lost before; of every
+    other batch, and of the others."""
     assert activations.reference is not None
-    moments = PairedMoments(activations.site.width)
+    halves = PairedMoments(activations.site.width), PairedMoments(activations.site.width)
     stream = _joined_stream(product)
     now = then = None
     if stream is not None:
         now, then = activations.beside(stream), activations.reference.beside(stream)
-    for rows, before in zip(activations, activations.reference, strict=True):
+    pairs = zip(activations, activations.reference, strict=True)
+    for number, (rows, before) in enumerate(pairs):
         owed = None if now is None or then is None else next(then) - next(now)
-        moments.add(rows, before, owed)
-    return moments
+        halves[number % 2].add(rows, before, owed)
+    return halves
 
 
 def _joined_stream(product: Node) -> Node | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 
 from ..ir.channel_map import ChannelMap
@@ -20,7 +18,7 @@ _WORDS: dict[str, str] = {
 
 def why_no_units(channels: ChannelMap, kind: Kind) -> str:
     """One sentence."""
-    attended = set(_attended(channels))
+    attended = channels.attended
     read = {int(root) for key in channels.absorbs for root in np.unique(channels.axes[key])}
     for (name, axis), made in channels.produces.items():
         roots = [int(root) for root in np.unique(channels.axes[name, axis]) if root]
@@ -33,12 +31,6 @@ def why_no_units(channels: ChannelMap, kind: Kind) -> str:
         if ours and blocked is not None:
             return f"{name} cannot lose channels: {channels.blocked[blocked]}"
     return _WORDS.get(kind, f"no {kind} were found")
-
-
-def _attended(channels: ChannelMap) -> Iterable[int]:
-    for heads in channels.attentions:
-        for part in (heads.query, heads.key, heads.value, heads.out):
-            yield from np.unique(part).tolist()
 
 
 __all__ = ["why_no_units"]

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 import planish
 import pytest
 import torch
 import zoo
-from captured import captured
+from cut_checks import check, every_third, raised, sizes
 from planish.codegen.run_onnx import OnnxModel
-from planish.ir.channel_map import ChannelMap, channel_map
-from planish.ir.cut_channels import CannotCut, cut_channels, masked
+from planish.ir.channel_map import channel_map
+from planish.ir.cut_channels import CannotCut, cut_channels
 from planish.ir.errors import WrongOption, WrongOrder
 from planish.ir.find_units import find_units
 from planish.ir.interpret import run
-from planish.ir.program import Program
-from planish.ir.prunable_units import Kind, Unit
+from planish.ir.prunable_units import Kind
 from planish.ir.read_hf_folder import read_hf_folder
 from planish.passes.cut import Cut
 from planish.passes.pipeline import Pipeline
@@ -42,63 +40,6 @@ COUNTS: dict[str, dict[Kind, list[int]]] = {
     # between the convolutions too; the stream of the decoder is returned by nothing
     "whisper": _CROSSED | {"ffn": [48, 80, 80, 56, 56], "width": [48]},
 }
-
-
-@functools.cache
-def raised(name: str, attention: zoo.Attention | None = None) -> Program:
-    """To be read only."""
-    attention = attention or zoo.ARCHITECTURES[name].attentions[0]
-    return pipeline("raise").run(captured(name, attention))
-
-
-def sizes(units: list[Unit]) -> list[int]:
-    groups: dict[str, int] = {}
-    for unit in units:
-        groups[unit.group] = groups.get(unit.group, 0) + 1
-    return list(groups.values())
-
-
-def doubled(program: Program) -> Program:
-    """Weights in float64, so that a norm's new factor is not rounded to float32."""
-    wide = program.copy()
-    for name in list(wide.weights):
-        if wide.weights.dtype(name) == torch.float32:
-            wide.weights[name] = wide.weights[name].double()
-    return wide
-
-
-def gap(a: Program, b: Program, program: Program) -> float:
-    """The largest difference of float64 runs, by the largest result."""
-    flat = list(program.examples)
-    pairs = zip(run(a, flat, float64=True), run(b, flat, float64=True), strict=True)
-    return max(
-        float((x - y).abs().max() / x.abs().max()) for x, y in pairs if x.is_floating_point()
-    )
-
-
-def every_third(units: list[Unit]) -> set[int]:
-    """Of each group every third unit: FFN channels, width; of heads the second."""
-    places: dict[str, int] = {}
-    dead: set[int] = set()
-    for unit in units:
-        place = places[unit.group] = places.get(unit.group, -1) + 1
-        if place % 3 == 1:
-            dead |= unit.roots
-    return dead
-
-
-def check(program: Program, channels: ChannelMap, dead: set[int]) -> None:
-    """Weights in float64: then sums of at most some hundred terms, through two layers, round to a
-    few thousand units of the last place, and a wrong channel shows in the first digits."""
-    wide = doubled(program)
-    twin = masked(wide, channels, dead)
-    made = cut_channels(wide.copy(), dead, channels=channels)
-    assert made.parameter_count() < wide.parameter_count()
-    limit = 4096 * torch.finfo(torch.float64).eps
-    assert gap(twin, made, program) <= limit
-    assert gap(program, made, program) > 1e-3  # what went mattered
-    zeroed = cut_channels(twin.copy(), dead, channels=channels)
-    assert gap(twin, zeroed, program) <= limit
 
 
 QUICK = ("llama", "gemma", "cohere", "bloom", "t5", "bert")  # the others take a capture each

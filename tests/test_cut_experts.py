@@ -14,6 +14,7 @@ import pytest
 import torch
 import zoo
 from captured import captured, kept
+from cut_checks import gap
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from planish.codegen.target import export_program
@@ -102,13 +103,6 @@ def never_chosen(program: Program, layer: ExpertLayer, gone: Sequence[int]) -> N
             node.args = (*node.args[:2], made)
             return
     raise AssertionError("no router")
-
-
-def gap(a: Program, b: Program) -> float:
-    flat = list(a.examples)
-    x, y = (run(p, flat, float64=True)[0] for p in (a, b))
-    assert bool(x.isfinite().all())
-    return float((x - y).abs().max() / x.abs().max())
 
 
 def check(program: Program, place: int, stay: Sequence[int]) -> None:

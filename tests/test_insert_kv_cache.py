@@ -52,7 +52,7 @@ def small(padded: bool = False) -> Program:
 
 
 def test_what_is_added() -> None:
-    text = program_diff(small(), cache(small()), context=0).replace("n1 + n2", "n2 + n1")
+    text = program_diff(small(), cache(small()), context=0)
     changed = [line for line in text.splitlines() if line[0] in "+-" and line[:2] not in GUARD]
     assert changed == [
         "+%past_key_0 : f32[n0, 1, n2, 5]",
@@ -65,8 +65,8 @@ def test_what_is_added() -> None:
         "+%places.table = embedding(%places.table.weight, %places.add) : f32[n1, 15]",
         "-%attention = attention(%transpose, %unsqueeze, %unsqueeze_1, scale=0.4, causal=True)"
         " : f32[n0, 3, n1, 7]",
-        "+%cat = cat([%past_key_0, %unsqueeze], 2) : f32[n0, 1, n2 + n1, 5]",
-        "+%cat_1 = cat([%past_value_0, %unsqueeze_1], 2) : f32[n0, 1, n2 + n1, 7]",
+        "+%cat = cat([%past_key_0, %unsqueeze], 2) : f32[n0, 1, n1 + n2, 5]",
+        "+%cat_1 = cat([%past_value_0, %unsqueeze_1], 2) : f32[n0, 1, n1 + n2, 7]",
         "+%attention = attention(%transpose, %cat, %cat_1, scale=0.4, causal=True)"
         " : f32[n0, 3, n1, 7]",
         "-return [%out]",
@@ -246,8 +246,8 @@ def test_an_explicit_mask_that_hides_what_is_to_come() -> None:
     ids = tokens(3, 13)
     wanted = run(plain, [ids], float64=True)[0]
     assert relative(in_pieces(cached, ids, list(range(1, 13))), wanted) < 1e-12
-    text = str(cached).replace("n1 + n2", "n2 + n1")
-    assert "bool[n1, n2 + n1]" in text and "[n2 + n1, n2 + n1]" not in text
+    text = str(cached)
+    assert "bool[n1, n1 + n2]" in text and "[n1 + n2, n1 + n2]" not in text
 
 
 def test_a_second_cache_is_refused() -> None:

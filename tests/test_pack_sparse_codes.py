@@ -149,8 +149,8 @@ def test_the_pass_is_exact_and_saves_what_it_says(pattern: str, options: dict[st
 def test_what_is_not_packed_is_told() -> None:
     dense = Pipeline([QuantizeWeights(bits=4), PackSparse()]).run(coded(96))
     reasons = {d.value: d.reason for d in dense.history.records[-1].declined}
-    assert reasons["up.weight"].startswith("its codes of int4")
-    assert reasons["up.weight"].endswith("zero, but not two in every four along its summed axis")
+    assert reasons["up.weight"].startswith("the zeros among its codes of int4")
+    assert reasons["up.weight"].endswith("are not two in every four along its summed axis")
     few = Pipeline([PackSparse()]).run(quantized(bits=2)).history.records[-1]
     assert {d.reason for d in few.declined} == {
         "its codes of 2 bits are no smaller beside their places"

@@ -129,7 +129,12 @@ def test_dense_weights_are_rounded_as_before() -> None:
         assert torch.equal(gptq(dense).weights[name], gptq(dense, keep_zeros=False).weights[name])
 
 
-def test_a_quantized_weight_is_not_packed_as_sparse(pruned: Program) -> None:
-    record = Pipeline([PackSparse()]).run(gptq(pruned)).history.records[-1]
-    reasons = {d.value: d.reason for d in record.declined}
-    assert reasons["up.weight"] == "it is stored as int4-g16-sym-f32 already"
+def test_a_quantized_weight_is_packed_with_its_codes(pruned: Program) -> None:
+    coded = gptq(pruned)
+    packed = Pipeline([PackSparse()]).run(coded)
+    entry = packed.weights.entry("up.weight")
+    assert isinstance(entry, Encoded) and entry.format.name == "int4-g16-sym-f32+2:4"
+    assert torch.equal(packed.weights["up.weight"], coded.weights["up.weight"])
+    (declined,) = packed.history.records[-1].declined
+    assert declined.value == "last.weight"  # it was not pruned
+    assert declined.reason.startswith("the zeros among its codes of int4-g16-sym-f32 are not two")

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planish import op
 from planish.ir.errors import WrongInput
+from planish.ir.held_out_damp import held_out_damp
 from planish.ir.interpret import run
+from planish.ir.paired_moments import PairedMoments
 from planish.ir.program import Program
 from planish.ir.rewrite import Journal
 from planish.passes.calibrate import product_sites
@@ -191,3 +193,58 @@ def test_experts_are_zeroed_and_said_to_be() -> None:
     assert not done.weights[name][..., 0].any()
     (declined,) = work.journal.declined_records()
     assert declined.reason.startswith("no single input of its own is known")
+
+
+def noisy(tokens: int, seed: int) -> tuple[PairedMoments, PairedMoments, Tensor, Tensor]:
+    """Two halves of tokens whose 12 inputs say nothing of each other, and a weight [5, 12]."""
+    made = torch.Generator().manual_seed(seed)
+    halves = PairedMoments(12), PairedMoments(12)
+    for half in halves:
+        half.add(torch.randn(tokens, 12, generator=made))
+    return *halves, torch.randn(5, 12, generator=made), dead(12, 0, 3, 7)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 200), st.booleans())
+def test_few_tokens_are_believed_less_than_many(seed: int, centred: bool) -> None:
+    """Inputs that are independent can hold nothing of each other: what few tokens say is noise."""
+    first, second, weight, mask = noisy(14, seed)
+    few = held_out_damp((first, second), weight, mask, 0.01, centred)
+    assert few > 0.01
+    alone = PairedMoments(12)
+    assert held_out_damp((first, alone), weight, mask, 0.01, centred) == 0.01
+
+
+def test_what_inputs_do_say_is_believed() -> None:
+    made = torch.Generator().manual_seed(0)
+    halves = PairedMoments(12), PairedMoments(12)
+    mixing = torch.randn(4, 12, generator=made)
+    for half in halves:
+        half.add(torch.randn(500, 4, generator=made) @ mixing)
+    weight = torch.randn(5, 12, generator=made)
+    assert held_out_damp(halves, weight, dead(12, 0, 3, 7), 0.01, False) == 0.01
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 200), st.booleans())
+def test_the_error_is_that_of_the_tokens(seed: int, centred: bool) -> None:
+    """As the sum over tokens says, from the weight as it was to another one, in float64."""
+    made = torch.Generator().manual_seed(seed)
+    now, gap = (torch.randn(9, 6, generator=made) for _ in range(2))
+    owed, (weight, other) = (
+        torch.randn(9, 4, generator=made),
+        (torch.randn(4, 6, generator=made) for _ in range(2)),
+    )
+    moments = PairedMoments(6)
+    moments.add(now, now + gap, owed)
+    found = moments.error(weight, other, centred) - moments.error(weight, weight, centred)
+
+    def left(matrix: Tensor) -> float:
+        wanted = (now + gap).double() @ weight.double().t() + owed.double()
+        apart = wanted - now.double() @ matrix.double().t()
+        apart = apart - apart.mean(0) if centred else apart
+        return float(apart.square().sum() / len(now))
+
+    # Moments are float32 sums of 9 products of numbers up to about 4, times weights up to 4 twice.
+    limit = 9 * EPS * 4**4 * 6 * 6 * 4
+    assert abs(found - (left(other) - left(weight))) <= limit

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-
 import planish
 import pytest
 import torch
 import zoo
-from captured import captured
+from cut_checks import doubled, raised
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from planish.ir.channel_map import ChannelMap, channel_map
@@ -23,19 +21,6 @@ from planish.passes.next_token_loss import NoNextToken, next_token_loss
 from planish.passes.unit_gradients import _add_sums, unit_gradients
 from planish.passes.unit_importance import MEASURES, unit_importance
 from planish.recipes import pipeline
-
-
-@functools.cache
-def raised(name: str) -> Program:
-    return pipeline("raise").run(captured(name, zoo.ARCHITECTURES[name].attentions[0]))
-
-
-def doubled(program: Program) -> Program:
-    wide = program.copy()
-    for name in list(wide.weights):
-        if wide.weights.dtype(name) == torch.float32:
-            wide.weights[name] = wide.weights[name].double()
-    return wide
 
 
 def batches(program: Program, name: str, count: int) -> list[list[object]]:
